@@ -1,0 +1,1338 @@
+"""Hita, the holistic tokenizer for autoregressive image generation (ICCV 2025, arXiv 2507.02358), in one file.
+
+Most image tokenizers cut a picture into patches and give each patch a code. Hita adds M *global* (holistic) tokens that
+describe the picture as a whole, puts them first, and decodes so that the patches cannot do without them:
+
+    image (B, 3, H, W)
+      Encoder                 conv VQGAN, stride f                        -> (B, D, h, w), N = h*w patch embeddings
+      DINOv2                  frozen ViT, sees the image at 224 px        -> (B, 257, 1024)
+      QueryExtractor          [M queries; DINOv2; N patches] bidirectional,
+                              then [M queries; N patches] causal          -> (B, M, D), (B, N, D)
+      VectorQuantizer, twice  global and patch codebook, V codes each     -> ids (B, M), (B, N)
+      Fusion                  [M global; N patch] causal, then the window
+                              of N states that starts k positions early   -> (B, D, h, w)
+      Decoder                 conv VQGAN                                  -> (B, 3, H, W)
+
+    class -> Llama -> M global ids -> N patch ids -> Fusion, Decoder -> a new picture
+
+The file reads top to bottom in that order, then losses, the Llama, checkpoints, and what the three scripts share.
+
+Letters in shape comments: B batch, H W pixels, h w patch grid, N = h*w patch tokens, M global tokens, D latent width,
+C code width (12 global, 8 patch), V codebook size, T sequence length, k global tokens that replace patches.
+Images are float tensors (B, 3, H, W) in [-1, 1]; token ids are int64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+
+class HitaError(ValueError):
+    """A mistake that a user can make and mend. The scripts print it as one line and exit with status 2."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise HitaError(message) unless the condition holds."""
+    if not condition:
+        raise HitaError(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: the dataclasses are the one source of every setting; the scripts make their flags from the fields.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def option(default, help: str):
+    """A dataclass field with a default and the text that `--help` shows for it."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TokenizerConfig:
+    """Architecture of the tokenizer. The defaults are the released Hita-V: 104.2 M parameters without DINOv2."""
+    image_size: int = option(336, "side of the square training images in pixels")
+    channels: int = option(128, "channels of the conv nets at full resolution")
+    channel_mult: tuple = option((1, 1, 2, 2, 4), "channel multiplier of each level; each further level halves the resolution")
+    res_blocks: int = option(2, "residual blocks per encoder level (the decoder has one more)")
+    latent_dim: int = option(512, "width D of patch embeddings, queries and transformers")
+    layers: int = option(3, "transformer layers in each of the three stages")
+    heads: int = option(8, "attention heads of the transformers")
+    dropout: float = option(0.1, "dropout in the transformers' attention")
+    num_global: int = option(128, "number M of global tokens; 0 is the paper's baseline, a plain VQGAN")
+    codebook_size: int = option(16384, "codes V in each of the two codebooks")
+    global_code_dim: int = option(12, "width of a global code")
+    patch_code_dim: int = option(8, "width of a patch code")
+    beta: float = option(0.25, "weight of the commitment term")
+    revive_codes: bool = option(False, "move codes that are hardly used onto encoder outputs (for small data)")
+    k: int = option(4, "global tokens that stand where the first k patch tokens would; 0 lets the globals be ignored")
+    dino: str = option("vit_large_patch14_reg4_dinov2.lvd142m", "timm name of the frozen DINOv2, or 'none'")
+    dino_dim: int = option(1024, "feature width of the DINOv2")
+    vfm_recon: bool = option(False, "Hita-U: reconstruct the DINOv2 features from the global tokens while training")
+
+    def __post_init__(self):
+        self.channel_mult = tuple(self.channel_mult)
+        for name in ("image_size", "channels", "res_blocks", "latent_dim", "layers", "heads", "codebook_size",
+                     "global_code_dim", "patch_code_dim", "dino_dim"):
+            check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, it must be at least 1")
+        check(len(self.channel_mult) >= 1 and min(self.channel_mult) >= 1,
+              f"channel_mult is {self.channel_mult}, it needs one positive number per level")
+        check(self.image_size % self.stride == 0,
+              f"image_size {self.image_size} is not a multiple of the stride {self.stride}; "
+              f"the nearest sizes that are: {self.grid * self.stride}, {(self.grid + 1) * self.stride}")
+        check(self.channels % 4 == 0, f"channels is {self.channels}, it must be a multiple of 4 (group norm)")
+        check(self.latent_dim % self.heads == 0, f"latent_dim {self.latent_dim} is not divisible by {self.heads} heads")
+        check(0 <= self.dropout < 1, f"dropout is {self.dropout}, it must be in [0, 1)")
+        check(self.beta >= 0, f"beta is {self.beta}, it must not be negative")
+        check(self.num_global >= 0, f"num_global is {self.num_global}, it must be 0 or more")
+        check(0 <= self.k <= self.num_global, f"k is {self.k}, it must lie between 0 and num_global = {self.num_global}")
+        check(not self.vfm_recon or self.uses_dino and self.num_global > 0, "vfm_recon needs DINOv2 and global tokens")
+
+    @property
+    def stride(self) -> int:
+        """Pixels per patch side, f."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Patches per side at the training size."""
+        return self.image_size // self.stride
+
+    @property
+    def uses_dino(self) -> bool:
+        """Whether encoding needs the frozen DINOv2 (it never does without global tokens)."""
+        return self.dino != "none" and self.num_global > 0
+
+
+@dataclass
+class LlamaConfig:
+    """Architecture of the generator. The defaults are size B at 336 px: 136.2 M parameters."""
+    layers: int = option(12, "transformer blocks")
+    heads: int = option(12, "attention heads")
+    dim: int = option(768, "width of the residual stream")
+    dropout: float = option(0.1, "dropout after attention and feed-forward")
+    token_dropout: float = option(0.1, "dropout on the embedded sequence")
+    class_dropout: float = option(0.1, "probability that a class label is dropped, for classifier-free guidance")
+    num_classes: int = option(1000, "number of classes")
+    num_global: int = option(128, "number M of global tokens")
+    grid: int = option(21, "patch tokens per side; N = grid * grid")
+    codebook_size: int = option(16384, "codes V in each codebook")
+
+    def __post_init__(self):
+        for name in ("layers", "heads", "dim", "num_classes", "grid", "codebook_size"):
+            check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, it must be at least 1")
+        check(self.num_global >= 0, f"num_global is {self.num_global}, it must be 0 or more")
+        check(self.dim % self.heads == 0 and self.dim // self.heads % 4 == 0,
+              f"dim {self.dim} over {self.heads} heads gives {self.dim / self.heads:g} channels a head, "
+              "it must be a multiple of 4 (2-D RoPE)")
+        for name in ("dropout", "token_dropout", "class_dropout"):
+            check(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}, it must be in [0, 1)")
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens N of a picture."""
+        return self.grid ** 2
+
+
+TOKENIZERS = {
+    "hita-v": TokenizerConfig(),
+    "hita-u": TokenizerConfig(vfm_recon=True),
+    "emoji": TokenizerConfig(image_size=64, channels=32, channel_mult=(1, 2, 4, 4), res_blocks=1, latent_dim=128, layers=2,
+                             heads=4, dropout=0.0, num_global=16, codebook_size=1024, k=4, revive_codes=True, dino="none"),
+}
+
+LLAMA_SIZES = {  # the paper's names; in brackets its nominal size and the true number of parameters
+    "B": dict(layers=12, heads=12, dim=768),      # (111M, 136.2M)
+    "L": dict(layers=24, heads=16, dim=1024),     # (343M, 376.6M)
+    "XL": dict(layers=36, heads=20, dim=1280),    # (775M, 816.8M)
+    "XXL": dict(layers=48, heads=24, dim=1536),   # (1.4B, 1461.5M)
+    "2B": dict(layers=48, heads=32, dim=1920),    # (2.0B, 2251.5M)
+    "emoji": dict(layers=6, heads=6, dim=192),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Convolutional encoder and decoder (VQGAN, Esser et al. 2021)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups, fewer for the thin nets of small presets."""
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """norm, silu, conv, norm, silu, conv, plus the input. (B, c_in, H, W) -> (B, c_out, H, W)"""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.shortcut(x) + y
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all pixels, plus the input. (B, c, H, W) -> (B, c, H, W)"""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q, self.k, self.v, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (B, 1, HW, c)
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)      # (B, c, H, W)
+        return x + self.out(y)
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each followed by attention if asked for, then a change of resolution."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, attention: bool, resample: nn.Module):
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out) if attention else nn.Identity() for _ in range(blocks))
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for res, attn in zip(self.res, self.attn):
+            x = attn(res(x))
+        return self.resample(x)
+
+
+def downsample(c: int) -> nn.Module:
+    """Halve the resolution: zeros on the right and below only, then a 3x3 convolution with stride 2."""
+    return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2))
+
+
+def upsample(c: int) -> nn.Module:
+    """Double the resolution: nearest neighbour, then a 3x3 convolution."""
+    return nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(c, c, 3, padding=1))
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, H, W) in [-1, 1] -> patch embeddings (B, D, H/f, W/f)."""
+
+    def __init__(self, cfg: TokenizerConfig):
+        super().__init__()
+        widths = [cfg.channels * m for m in cfg.channel_mult]     # highest resolution first
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, cfg.channels, 3, padding=1)
+        self.levels = nn.Sequential(*(
+            Level(widths[max(i - 1, 0)], c, cfg.res_blocks, i == last, downsample(c) if i < last else nn.Identity())
+            for i, c in enumerate(widths)))
+        self.mid = nn.Sequential(ResBlock(c := widths[-1], c), AttnBlock(c), ResBlock(c, c))
+        self.norm_out, self.conv_out = group_norm(c), nn.Conv2d(c, cfg.latent_dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.levels(self.conv_in(x)))                # (B, c, h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))            # (B, D, h, w)
+
+
+class Decoder(nn.Module):
+    """Fused states (B, D, h, w) -> image (B, 3, h*f, w*f), no output activation."""
+
+    def __init__(self, cfg: TokenizerConfig):
+        super().__init__()
+        widths = [cfg.channels * m for m in cfg.channel_mult][::-1]  # lowest resolution first
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(cfg.latent_dim, c := widths[0], 3, padding=1)
+        self.mid = nn.Sequential(ResBlock(c, c), AttnBlock(c), ResBlock(c, c))
+        self.levels = nn.Sequential(*(
+            Level(widths[max(i - 1, 0)], c, cfg.res_blocks + 1, i == 0, upsample(c) if i < last else nn.Identity())
+            for i, c in enumerate(widths)))
+        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.levels(self.mid(self.conv_in(x)))                # (B, c, H, W)
+        return self.conv_out(F.silu(self.norm_out(x)))            # (B, 3, H, W)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DINOv2 (Oquab et al. 2023): frozen semantic features for the queries to read
+# ---------------------------------------------------------------------------------------------------------------------
+
+class DINOv2(nn.Module):
+    """Frozen ViT. Images (B, 3, H, W) in [-1, 1] -> normalised cls and patch tokens (B, 257, dim), registers dropped.
+
+    name: a timm model; file: its weights (the original .pth or timm's safetensors), None to fetch them from the Hub;
+    pretrained=False keeps random weights (for tests and timing). Raises HitaError if the weights cannot be had.
+    """
+    SIZE = 224  # the ViT always sees 224 px: 16 x 16 patches of 14 px
+
+    def __init__(self, name: str = TokenizerConfig.dino, file: str | None = None, pretrained: bool = True):
+        super().__init__()
+        import timm  # slow to import, and decoding does without it
+        check(file is None or os.path.isfile(file), f"there is no DINOv2 weights file {file}")
+        overlay = dict(pretrained_cfg_overlay=dict(file=file)) if file else {}
+        try:
+            self.vit = timm.create_model(name, pretrained=pretrained, img_size=self.SIZE, num_classes=0, **overlay)
+        except Exception as e:  # timm and the Hub raise many kinds; the remedy is the same
+            raise HitaError(f"DINOv2 {name}: cannot load {file or 'its weights from the Hub'} ({short(e)}); download "
+                            "dinov2_vitl14_reg4_pretrain.pth by hand and pass it with --dino-file") from e
+        self.eval().requires_grad_(False)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 3, 224, 224), normalised for the ViT; blurred first where it shrinks."""
+        factors = [side / self.SIZE for side in images.shape[-2:]]
+        if max(factors) > 1:
+            sigmas = [max((f - 1) / 2, 0.001) for f in factors]
+            sizes = [int(max(4 * s, 3)) // 2 * 2 + 1 for s in sigmas]  # the next odd number
+            images = TF.gaussian_blur(images, sizes[::-1], sigmas[::-1])  # torchvision wants x before y
+        # align_corners=True because the released weights were trained with it
+        images = F.interpolate(images, (self.SIZE, self.SIZE), mode="bicubic", align_corners=True).clamp(-1, 1)
+        mean, std = (images.new_tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        return ((images + 1) / 2 - mean) / std
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.vit.forward_features(self.preprocess(images))                         # (B, 1 + 4 + 256, dim)
+        return torch.cat([tokens[:, :1], tokens[:, self.vit.num_prefix_tokens:]], dim=1)    # (B, 257, dim)
+
+    def train(self, mode: bool = True) -> "DINOv2":
+        """Frozen: stays in eval mode."""
+        return super().train(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transformer layer of the tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    """Multi-head attention (B, T, D) -> (B, T, D), in the two kinds that the released model mixes: the bidirectional one
+    has no bias on q, k, v and drops its output; the causal one has biases and drops attention probabilities."""
+
+    def __init__(self, dim: int, heads: int, causal: bool, dropout: float):
+        super().__init__()
+        self.heads, self.causal, self.dropout = heads, causal, dropout
+        self.q, self.k, self.v = (nn.Linear(dim, dim, bias=causal) for _ in range(3))
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, heads, T, d)
+        drop = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and mask is None,
+                                           dropout_p=drop if self.causal else 0.0)
+        x = self.out(x.transpose(1, 2).flatten(2))                                                          # (B, T, D)
+        return x if self.causal else F.dropout(x, drop)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(u) * v) with u, v the halves of w12(x). (B, T, D) -> (B, T, D)"""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        hidden = (int(4 * dim * 2 / 3) + 7) // 8 * 8
+        self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(u) * v)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual. (B, T, D) -> (B, T, D)"""
+
+    def __init__(self, cfg: TokenizerConfig, causal: bool):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(cfg.latent_dim), Attention(cfg.latent_dim, cfg.heads, causal, cfg.dropout)
+        self.norm2, self.ffn = nn.LayerNorm(cfg.latent_dim), SwiGLU(cfg.latent_dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.ffn(self.norm2(x))
+
+
+def table(length: int, dim: int) -> nn.Parameter:
+    """A learned table (1, length, dim) of queries or positions."""
+    return nn.Parameter(torch.randn(1, length, dim) * dim ** -0.5)
+
+
+def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
+    """Position table (1, G*G, D) of a G x G grid -> (1, h*w, D), bicubic where the grid differs.
+
+    The 0.1 shifts the sampling step a little, as in DINO; the released model was evaluated with it.
+    """
+    side = math.isqrt(positions.shape[1])
+    if (h, w) == (side, side):
+        return positions
+    grid = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)                                         # (1, D, G, G)
+    grid = F.interpolate(grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic")           # (1, D, h, w)
+    return grid.flatten(2).transpose(1, 2)                                                                  # (1, h*w, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Causal query extractor: M learnable queries gather what is global
+# ---------------------------------------------------------------------------------------------------------------------
+
+class QueryExtractor(nn.Module):
+    """Patch embeddings (B, D, h, w) and DINOv2 tokens (B, 257, dino_dim) or None -> queries (B, M, D), patches (B, N, D)."""
+
+    def __init__(self, cfg: TokenizerConfig):
+        super().__init__()
+        D = cfg.latent_dim
+        self.queries = table(cfg.num_global, D)
+        self.positions = table(cfg.grid ** 2, D)
+        self.dino_proj = nn.Sequential(nn.Linear(cfg.dino_dim, D, bias=False), nn.LayerNorm(D), nn.ReLU(),
+                                       nn.Linear(D, D, bias=False), nn.LayerNorm(D)) if cfg.uses_dino else None
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.bidirectional = nn.Sequential(*(Layer(cfg, causal=False) for _ in range(cfg.layers)))
+        self.causal = nn.Sequential(*(Layer(cfg, causal=True) for _ in range(cfg.layers)))
+
+    def forward(self, patches: Tensor, dino_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+        B, _, h, w = patches.shape
+        M = self.queries.shape[1]
+        patches = patches.flatten(2).transpose(1, 2) + resize_positions(self.positions, h, w)   # (B, N, D)
+        parts = [self.queries.expand(B, -1, -1), patches]
+        if self.dino_proj is not None:
+            parts.insert(1, self.dino_proj(dino_tokens))                                        # (B, 257, D)
+        x = self.bidirectional(self.norm1(torch.cat(parts, dim=1)))                             # (B, M + 257 + N, D)
+        x = torch.cat([x[:, :M], x[:, -h * w:]], dim=1)                                         # (B, M + N, D)
+        x = self.causal(self.norm2(x))
+        return x[:, :M], x[:, M:]                                                               # (B, M, D), (B, N, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vector quantizer, used twice: once for global, once for patch tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+class VectorQuantizer(nn.Module):
+    """Nearest code on the unit sphere (van den Oord et al. 2017; l2-normalised as in ViT-VQGAN, Yu et al. 2022).
+
+    forward: z (B, T, C) -> (codes (B, T, C), ids (B, T), loss); the codes carry the gradient straight through to z.
+    loss = mean (code - sg[z])^2 + beta * mean (sg[code] - z)^2, both sides normalised: the first term moves the codes to
+    the encoder's outputs, the second, weighted by beta, keeps the encoder's outputs near their codes.
+    `revive` moves codes that are hardly used onto encoder outputs while training; it also starts the codebook from data,
+    since at the first step no code has been used.
+    """
+    MEMORY = 0.97     # share of a code's hits that is remembered from step to step
+    DEAD = 0.1        # remembered hits below which a code is moved
+
+    def __init__(self, size: int, dim: int, beta: float = 0.25, revive: bool = False):
+        super().__init__()
+        self.beta, self.revive = beta, revive
+        self.codebook = nn.Parameter(F.normalize(torch.empty(size, dim).uniform_(-1 / size, 1 / size), dim=-1))  # (V, C)
+        if revive:
+            self.register_buffer("hits", torch.zeros(size))                         # (V,), remembered hits of each code
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(z.device.type, enabled=False):  # in bf16 one id in twenty would differ
+            z = F.normalize(z.float(), dim=-1)                                      # (B, T, C)
+            if self.revive and self.training:
+                self.revive_dead_codes(z.detach().flatten(0, 1))
+            codebook = F.normalize(self.codebook.float(), dim=-1)                   # (V, C)
+            ids = (z @ codebook.T).argmax(dim=-1)                                   # (B, T); nearest = largest cosine
+            if self.revive and self.training:
+                self.hits += all_sum(torch.bincount(ids.flatten(), minlength=len(self.hits)).float())
+            codes = codebook[ids]                                                   # (B, T, C)
+            loss = F.mse_loss(codes, z.detach()) + self.beta * F.mse_loss(codes.detach(), z)
+            return z + (codes - z).detach(), ids, loss
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> normalised codes (B, T, C). Raises HitaError for an id outside the codebook."""
+        size = len(self.codebook)
+        check(ids.numel() == 0 or 0 <= int(ids.min()) and int(ids.max()) < size,
+              f"token ids must lie between 0 and {size - 1}, these reach from {int(ids.min()) if ids.numel() else 0} "
+              f"to {int(ids.max()) if ids.numel() else 0}")
+        return F.normalize(self.codebook.float(), dim=-1)[ids]
+
+    @torch.no_grad()
+    def revive_dead_codes(self, z: Tensor) -> None:
+        """Put each hardly used code onto a random one of the encoder outputs z (B*T, C); the same in every process."""
+        self.hits *= self.MEMORY
+        dead = self.hits < self.DEAD                                                # (V,)
+        z = all_gather(z)
+        draw = from_first(torch.randint(len(z), self.hits.shape, device=z.device))  # (V,)
+        self.codebook.copy_(torch.where(dead[:, None], z[draw], self.codebook))     # no host sync: all V are drawn
+        self.hits.masked_fill_(dead, 1.0)
+
+
+def usage_and_perplexity(hits: Tensor) -> tuple[float, float]:
+    """How often each code was used (V,) -> share of the codes in use, and exp(entropy) of their distribution."""
+    p = hits.double() / hits.sum().clamp(min=1)
+    return (hits > 0).double().mean().item(), torch.special.entr(p).sum().exp().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fusion with k-replacement
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Fusion(nn.Module):
+    """Global codes (B, M, D) and patch codes (B, N, D) -> fused states (B, N, D), one for each cell of the patch grid.
+
+    A causal transformer reads [global; patch]. Cell i is its state at position M - k + i: the last k global tokens stand
+    where the first k patch tokens would, and every cell sees all global tokens but only the patch tokens up to i - k.
+    With k = 0 cell i sees its own patch code, nothing forces the global tokens to carry information, and they collapse.
+    """
+
+    def __init__(self, cfg: TokenizerConfig):
+        super().__init__()
+        D = cfg.latent_dim
+        self.k = cfg.k
+        self.global_positions, self.positions = table(cfg.num_global, D), table(cfg.grid ** 2, D)
+        self.norm = nn.LayerNorm(D)
+        self.layers = nn.ModuleList(Layer(cfg, causal=True) for _ in range(cfg.layers))
+        if cfg.vfm_recon:
+            self.mask_token, self.vfm_norm, self.vfm_proj = table(1, D), nn.LayerNorm(D), nn.Linear(D, cfg.dino_dim)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+
+    def forward(self, globals_: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        M, N = globals_.shape[1], patches.shape[1]
+        x = self.norm(torch.cat([globals_ + self.global_positions,
+                                 patches + resize_positions(self.positions, *grid)], dim=1))    # (B, M + N, D)
+        for layer in self.layers:
+            x = layer(x)
+        return x[:, M - self.k: M - self.k + N]                                                 # (B, N, D)
+
+    def reconstruct_features(self, globals_: Tensor, grid: int = 16) -> Tensor:
+        """Hita-U: global codes (B, M, D) -> DINOv2 patch features (B, 256, dino_dim), through the same layers.
+
+        The globals come without their positions, as in the released model: causal among themselves and blind to the 256
+        mask tokens, which see everything.
+        """
+        B, M, _ = globals_.shape
+        masks = (self.mask_token + resize_positions(self.positions, grid, grid)).expand(B, -1, -1)  # (B, 256, D)
+        T = M + grid ** 2
+        sees = torch.ones(T, T, dtype=torch.bool, device=globals_.device).tril()                # (query, key)
+        sees[M:] = True
+        x = self.vfm_norm(torch.cat([globals_, masks], dim=1))                                  # (B, M + 256, D)
+        for layer in self.layers:
+            x = layer(x, sees)
+        return self.vfm_proj(x[:, M:])                                                          # (B, 256, dino_dim)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class TokenizerOutput:
+    """What the training forward returns: recon (B, 3, H, W), two differentiable scalars, and the ids."""
+    recon: Tensor
+    codebook_loss: Tensor     # codebook + commitment term, both codebooks
+    feature_loss: Tensor      # Hita-U: 1 - cosine to the DINOv2 features; else 0
+    global_ids: Tensor        # (B, M)
+    patch_ids: Tensor         # (B, N)
+
+
+class HitaTokenizer(nn.Module):
+    """Images <-> M global and N patch token ids. With num_global = 0 it is a plain VQGAN.
+
+    Encoding needs `tokenizer.dino` where the configuration names a DINOv2: `tokenizer.dino = DINOv2()`. Decoding does not.
+    """
+
+    def __init__(self, cfg: TokenizerConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.__dict__["dino"] = None
+        self.encoder = Encoder(cfg)
+        self.patch_down = nn.Linear(cfg.latent_dim, cfg.patch_code_dim)
+        self.patch_quantizer = VectorQuantizer(cfg.codebook_size, cfg.patch_code_dim, cfg.beta, cfg.revive_codes)
+        self.patch_up = nn.Linear(cfg.patch_code_dim, cfg.latent_dim)
+        if cfg.num_global:
+            self.extractor = QueryExtractor(cfg)
+            self.global_down = nn.Linear(cfg.latent_dim, cfg.global_code_dim)
+            self.global_quantizer = VectorQuantizer(cfg.codebook_size, cfg.global_code_dim, cfg.beta, cfg.revive_codes)
+            self.global_up = nn.Linear(cfg.global_code_dim, cfg.latent_dim)
+            self.fusion = Fusion(cfg)
+        self.decoder = Decoder(cfg)
+
+    def __setattr__(self, name: str, value) -> None:
+        """`dino` is kept out of the registered modules: it is frozen, so no optimizer, EMA, DDP or checkpoint may see it."""
+        if name == "dino":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def dino_tokens(self, images: Tensor) -> Tensor | None:
+        """Frozen features (B, 257, dino_dim), None where the configuration does without. HitaError if DINOv2 is missing."""
+        if not self.cfg.uses_dino:
+            return None
+        check(self.dino is not None, f"this tokenizer reads images through {self.cfg.dino}: "
+                                     "give load_tokenizer(path, dino=...) a timm name or a weights file")
+        return self.dino.to(images.device)(images)
+
+    def embed(self, images: Tensor, dino_tokens: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """Images (B, 3, H, W) -> what is quantized: global (B, M, C) or None, patch (B, N, C)."""
+        f = self.cfg.stride
+        check(images.dim() == 4 and images.shape[1] == 3, f"images have shape {tuple(images.shape)}, expected (B, 3, H, W)")
+        check(images.shape[2] % f == 0 and images.shape[3] % f == 0,
+              f"images of {images.shape[2]} x {images.shape[3]} pixels: both sides must be multiples of the stride {f}")
+        patches = self.encoder(images)                                      # (B, D, h, w)
+        if not self.cfg.num_global:
+            return None, self.patch_down(patches.flatten(2).transpose(1, 2))
+        queries, patches = self.extractor(patches, dino_tokens)             # (B, M, D), (B, N, D)
+        return self.global_down(queries), self.patch_down(patches)
+
+    def render(self, global_codes: Tensor | None, patch_codes: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Quantized codes -> images (B, 3, H, W)."""
+        x = self.patch_up(patch_codes)                                      # (B, N, D)
+        if self.cfg.num_global:
+            x = self.fusion(self.global_up(global_codes), x, grid)          # (B, N, D)
+        return self.decoder(x.transpose(1, 2).unflatten(2, grid))           # (B, 3, H, W)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> global ids (B, M), patch ids (B, N) row by row, both int64."""
+        global_z, patch_z = self.embed(images, self.dino_tokens(images))
+        _, patch_ids, _ = self.patch_quantizer(patch_z)
+        if global_z is None:
+            return patch_ids.new_empty(len(images), 0), patch_ids
+        return self.global_quantizer(global_z)[1], patch_ids
+
+    @torch.no_grad()
+    def decode(self, global_ids: Tensor, patch_ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Global ids (B, M), patch ids (B, N) -> images (B, 3, H, W), about [-1, 1] but not clamped.
+
+        grid: patch rows and columns, square unless given. Raises HitaError where the shapes or ids do not fit.
+        """
+        N, M = patch_ids.shape[1], self.cfg.num_global
+        grid = grid or (math.isqrt(N),) * 2
+        check(global_ids.shape == (len(patch_ids), M),
+              f"global ids have shape {tuple(global_ids.shape)}, this tokenizer needs ({len(patch_ids)}, {M})")
+        check(grid[0] * grid[1] == N, f"{N} patch ids do not fill a grid of {grid[0]} x {grid[1]}")
+        global_codes = self.global_quantizer.lookup(global_ids) if M else None
+        return self.render(global_codes, self.patch_quantizer.lookup(patch_ids), grid)
+
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        """Training forward: straight-through codes, so that the loss reaches the encoder."""
+        dino_tokens = self.dino_tokens(images)
+        global_z, patch_z = self.embed(images, dino_tokens)
+        patch_codes, patch_ids, codebook_loss = self.patch_quantizer(patch_z)
+        global_codes, global_ids, feature_loss = None, patch_ids.new_empty(len(images), 0), codebook_loss.new_zeros(())
+        if self.cfg.num_global:
+            global_codes, global_ids, global_loss = self.global_quantizer(global_z)
+            codebook_loss = codebook_loss + global_loss
+        if self.cfg.vfm_recon and self.training:
+            features = self.fusion.reconstruct_features(self.global_up(global_codes))           # (B, 256, dino_dim)
+            feature_loss = 1 - F.cosine_similarity(dino_tokens[:, 1:].float(), features.float(), dim=-1, eps=1e-6).mean()
+        f = self.cfg.stride
+        recon = self.render(global_codes, patch_codes, (images.shape[2] // f, images.shape[3] // f))
+        return TokenizerOutput(recon, codebook_loss, feature_loss, global_ids, patch_ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (Isola et al. 2017): images (B, 3, H, W) -> one logit per overlapping patch (B, 1, h', w')."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for c, stride in ((width, 2), (2 * width, 2), (4 * width, 1)):
+            layers += [nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False), nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
+        for m in self.main:
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, 0.0, 0.02)
+            elif isinstance(m, nn.BatchNorm2d):
+                nn.init.normal_(m.weight, 1.0, 0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.main(images)
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Hinge loss (Lim & Ye 2017) of the discriminator's logits for real and reconstructed images."""
+    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
+
+
+def adversarial_loss(fake: Tensor) -> Tensor:
+    """Non-saturating softplus(-D(recon)): what the generator minimises."""
+    return F.softplus(-fake.float()).mean()
+
+
+def reconstruction_loss(images: Tensor, recon: Tensor) -> Tensor:
+    """Twice the mean squared error: the released recipe adds it once as L2 and once more by default."""
+    return 2 * F.mse_loss(recon.float(), images)
+
+
+class PerceptualLoss(nn.Module):
+    """LPIPS (Zhang et al. 2018) on VGG-16, frozen and in eval mode: images, recon (B, 3, H, W) -> scalar.
+
+    Raises HitaError if the VGG weights cannot be had.
+    """
+
+    def __init__(self, pretrained: bool = True):
+        super().__init__()
+        import lpips  # slow to import, and needed for training only
+        try:
+            self.lpips = lpips.LPIPS(net="vgg", pnet_rand=not pretrained, verbose=False)
+        except Exception as e:  # torchvision's download raises many kinds; the remedy is the same
+            raise HitaError(f"LPIPS: cannot load the VGG-16 weights ({short(e)}); download "
+                            "https://download.pytorch.org/models/vgg16-397923af.pth into "
+                            f"{torch.hub.get_dir()}/checkpoints/, or train with --lpips-weight 0") from e
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor, recon: Tensor) -> Tensor:
+        return self.lpips(images, recon).mean()
+
+    def train(self, mode: bool = True) -> "PerceptualLoss":
+        """Stays in eval mode: LPIPS has dropout, which belongs to its own training."""
+        return super().train(False)
+
+
+def psnr(images: Tensor, recon: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each picture, (B, 3, H, W) in [-1, 1] -> (B,)."""
+    mse = (images - recon.clamp(-1, 1)).float().square().flatten(1).mean(dim=1)
+    return 10 * torch.log10(4 / mse.clamp(min=1e-10))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The generator: a Llama (Touvron et al. 2023; for images Sun et al. 2024) over [class; M global; N patch]
+# ---------------------------------------------------------------------------------------------------------------------
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, times a weight."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
+        return y.type_as(x) * self.weight
+
+
+def position_rotations(num_global: int, grid: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (M + N, head_dim / 2) by which the channel pairs of q and k turn at each input position.
+
+    0 .. M-1 (class, globals): cos 1, sin 0, no rotation; these positions are learned. M+1+i (patch i): 2-D RoPE, half of
+    the pairs by the row of the cell, half by its column. Position M (the last global token, where the first patch is
+    predicted): cos = sin = 0, so q and k vanish there and its query attends to all positions alike. That is an accident
+    of the released code, kept because the released weights were trained with it.
+    """
+    pairs = head_dim // 2
+    theta = 10000.0 ** (-2 * torch.arange(pairs // 2) / pairs)                              # (pairs/2,)
+    angle = torch.arange(grid)[:, None] * theta                                             # (grid, pairs/2)
+    cells = torch.cat([angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)], dim=1)     # (N, pairs): row, column
+    cos = torch.cat([torch.ones(num_global, pairs), torch.zeros(1, pairs), cells.cos()])
+    sin = torch.cat([torch.zeros(num_global + 1, pairs), cells.sin()])
+    return cos[:-1], sin[:-1]                                                               # the last patch is never an input
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn adjacent channel pairs of x (B, heads, T, d) by angles given as cos, sin (T, d/2); in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(dim=-1)                                  # (B, heads, T, d/2) each
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
+
+
+class LlamaBlock(nn.Module):
+    """Causal attention and SwiGLU, pre-norm with RMSNorm, no biases. (B, T, dim) -> (B, T, dim)"""
+
+    def __init__(self, cfg: LlamaConfig):
+        super().__init__()
+        dim, hidden = cfg.dim, (int(2 * 4 * cfg.dim / 3) + 255) // 256 * 256
+        self.heads, self.dropout = cfg.heads, nn.Dropout(cfg.dropout)
+        self.norm1, self.qkv, self.out = RMSNorm(dim), nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.norm2, self.w1, self.w3 = RMSNorm(dim), nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor, position: tuple[Tensor, Tensor, Tensor], cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """position: shift (T, dim), cos, sin (T, d/2) of the T inputs, which stand at start, start + 1, ... in the sequence.
+        cache (2, B, heads, M + N, d): keys and values of the inputs before; those of x are added to it."""
+        shift, cos, sin = position
+        T = x.shape[1]
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        shift = shift.unflatten(-1, (self.heads, -1)).transpose(0, 1)                       # (heads, T, d)
+        q, k = rotate(q + shift, cos, sin), rotate(k + shift, cos, sin)                     # (B, heads, T, d)
+        if cache is not None:
+            cache[0, :, :, start:start + T], cache[1, :, :, start:start + T] = k, v
+            k, v = cache[:, :, :, :start + T]                                               # (B, heads, start + T, d) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        x = x + self.dropout(self.out(y.transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.w2(F.silu(self.w1(y := self.norm2(x))) * self.w3(y)))
+
+
+class Llama(nn.Module):
+    """Predicts the M global ids, then the N patch ids of a class. With num_global = 0 it is a plain LlamaGen.
+
+    The inputs are class, global_0 .. global_M-1, patch_0 .. patch_N-2: M + N positions, and position p predicts token p of
+    global_0 .. global_M-1, patch_0 .. patch_N-1. Each kind of token has its own embedding table and its own head.
+    """
+
+    def __init__(self, cfg: LlamaConfig):
+        super().__init__()
+        self.cfg = cfg
+        M, V, dim = cfg.num_global, cfg.codebook_size, cfg.dim
+        self.class_embedding = nn.Embedding(cfg.num_classes + 1, dim)                       # the last row: no class
+        self.patch_embedding, self.patch_head = nn.Embedding(V, dim), nn.Linear(dim, V, bias=False)
+        if M:
+            self.global_embedding, self.global_head = nn.Embedding(V, dim), nn.Linear(dim, V, bias=False)
+            self.global_positions = nn.Embedding(M, dim)                                    # of inputs 0 .. M-1
+        self.token_dropout = nn.Dropout(cfg.token_dropout)
+        self.blocks = nn.ModuleList(LlamaBlock(cfg) for _ in range(cfg.layers))
+        self.norm = RMSNorm(dim)
+        cos, sin = position_rotations(M, cfg.grid, dim // cfg.heads)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=0.02)
+        for head in self.heads():
+            nn.init.zeros_(head.weight)
+
+    def heads(self) -> list[nn.Linear]:
+        """The output layers: global (if there are global tokens) and patch."""
+        return [self.global_head, self.patch_head] if self.cfg.num_global else [self.patch_head]
+
+    def backbone(self, x: Tensor, caches: list[Tensor] | None = None, start: int = 0) -> Tensor:
+        """Embedded inputs (B, T, dim) at positions start, start + 1, ... -> normalised states (B, T, dim)."""
+        T = x.shape[1]
+        shift = x.new_zeros(T, x.shape[2])
+        if start < self.cfg.num_global:
+            learned = self.global_positions.weight[start:start + T]
+            shift = F.pad(learned, (0, 0, 0, T - len(learned)))                             # zero on patches
+        position = shift.type_as(x), self.cos[start:start + T], self.sin[start:start + T]
+        for i, block in enumerate(self.blocks):
+            x = block(x, position, caches[i] if caches else None, start)
+        return self.norm(x)
+
+    def forward(self, class_ids: Tensor, global_ids: Tensor, patch_ids: Tensor) -> tuple[Tensor | None, Tensor]:
+        """class ids (B,), global ids (B, M), patch ids (B, N) -> logits (B, M, V) and (B, N, V) in float32.
+
+        In training mode class labels are dropped with probability class_dropout. With M = 0 the global logits are empty.
+        """
+        self.check_classes(class_ids)
+        M = self.cfg.num_global
+        if self.training:
+            dropped = torch.rand(class_ids.shape, device=class_ids.device) < self.cfg.class_dropout
+            class_ids = class_ids.masked_fill(dropped, self.cfg.num_classes)
+        parts = [self.class_embedding(class_ids)[:, None], self.patch_embedding(patch_ids[:, :-1])]
+        if M:
+            parts.insert(1, self.global_embedding(global_ids))
+        x = self.backbone(self.token_dropout(torch.cat(parts, dim=1)))                      # (B, M + N, dim)
+        patch_logits = self.patch_head(x[:, M:]).float()                                    # (B, N, V)
+        global_logits = self.global_head(x[:, :M]).float() if M else patch_logits[:, :0]    # (B, M, V)
+        return global_logits, patch_logits
+
+    @torch.no_grad()
+    def generate(self, class_ids: Tensor, cfg_scale: float = 1.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+                 generator: torch.Generator | None = None, progress: bool = False) -> tuple[Tensor, Tensor]:
+        """Sample pictures of the classes (B,) -> global ids (B, M), patch ids (B, N).
+
+        cfg_scale: strength of classifier-free guidance, logits = uncond + cfg_scale * (cond - uncond); 1 is without.
+        temperature, top_k (0: all), top_p: see `filter_logits`; top_k=1 is greedy. generator: seeds the draws.
+        progress: show a bar over the tokens.
+        Raises HitaError for a class or a setting out of range.
+        """
+        check(cfg_scale >= 0 and math.isfinite(cfg_scale), f"cfg_scale is {cfg_scale}, it must be 0 or more")
+        self.check_classes(class_ids)
+        cfg, B, guided = self.cfg, len(class_ids), cfg_scale != 1.0
+        M, T = cfg.num_global, cfg.num_global + cfg.num_patches
+        if guided:                                                                          # one batch: [cond; uncond]
+            class_ids = torch.cat([class_ids, torch.full_like(class_ids, cfg.num_classes)])
+        x = self.class_embedding(class_ids)[:, None]                                        # (B or 2B, 1, dim)
+        caches = [x.new_empty(2, len(x), cfg.heads, T, cfg.dim // cfg.heads) for _ in self.blocks]
+        ids = torch.empty(B, T, dtype=torch.int64, device=x.device)
+        for p in tqdm(range(T), desc="tokens", disable=not progress, leave=False):
+            embedding, head = (self.global_embedding, self.global_head) if p < M else (self.patch_embedding, self.patch_head)
+            logits = head(self.backbone(x, caches, start=p)[:, -1]).float()                 # (B or 2B, V)
+            if guided:
+                cond, uncond = logits.chunk(2)
+                logits = uncond + cfg_scale * (cond - uncond)                               # (B, V)
+            probs = filter_logits(logits, temperature, top_k, top_p).softmax(dim=-1)
+            ids[:, p] = torch.multinomial(probs, 1, generator=generator)[:, 0]
+            x = embedding(ids[:, p:p + 1]).repeat(1 + guided, 1, 1)                         # (B or 2B, 1, dim)
+        return ids[:, :M], ids[:, M:]
+
+    def check_classes(self, class_ids: Tensor) -> None:
+        """HitaError unless class_ids is one dimension of ints that this model has."""
+        check(class_ids.dim() == 1 and class_ids.dtype == torch.int64,
+              f"class ids are {class_ids.dtype} of shape {tuple(class_ids.shape)}, expected int64 of shape (B,)")
+        if class_ids.device.type == "cpu" and len(class_ids):  # on a GPU reading them would stall the stream
+            low, high = int(class_ids.min()), int(class_ids.max())
+            check(0 <= low and high < self.cfg.num_classes,
+                  f"class {low if low < 0 else high} is out of range, this model has classes 0 to {self.cfg.num_classes - 1}")
+
+
+def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits (B, V) -> logits (B, V) divided by the temperature, -inf where filtered out.
+
+    top_k keeps the k largest (and ties), 0 keeps all. top_p then keeps the fewest largest whose probability reaches p.
+    Raises HitaError for a setting out of range.
+    """
+    check(temperature > 0 and math.isfinite(temperature), f"temperature is {temperature}, it must be positive; "
+                                                          "for the most likely tokens use top_k 1")
+    check(top_k >= 0, f"top_k is {top_k}, it must be 0 (all) or more")
+    check(0 < top_p <= 1, f"top_p is {top_p}, it must be in (0, 1]")
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]                      # (B, 1)
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(dim=-1)
+        before = probs.cumsum(dim=-1) - probs                                               # mass of the larger ones
+        logits = logits.masked_fill((before > top_p).scatter(1, order, before > top_p), -math.inf)
+    return logits
+
+
+def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor, patch_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy in nats of global and of patch tokens; their sum is trained, so that a global token of the released
+    model weighs N / M = 3.4 times a patch token. The global loss is 0 where there are no global tokens."""
+    global_loss = F.cross_entropy(global_logits.flatten(0, 1), global_ids.flatten()) if global_ids.numel() else patch_logits.new_zeros(())
+    return global_loss, F.cross_entropy(patch_logits.flatten(0, 1), patch_ids.flatten())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: plain tensors and numbers, loaded with weights_only=True
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Our names (regular expressions) -> names in the released files. The first match at each place wins, top to bottom.
+RELEASED_TOKENIZER = [
+    (r"extractor\.queries", "encode_transformer.carrier_tokens"), (r"extractor\.positions", "encode_transformer.pos_embed"),
+    (r"extractor\.dino_proj", "encode_transformer.proj.mlp"), (r"extractor\.norm", "encode_transformer.norm_pre"),
+    (r"(extractor\.bidirectional.*)attn\.out", r"\1attn1.to_out.0"), (r"(extractor\.bidirectional.*)attn\.", r"\1attn1.to_"),
+    (r"((?:extractor|fusion)\..*)attn\.(\w+)", r"\1attn1.\2_proj"), (r"ffn", "ffnet"),
+    (r"extractor\.bidirectional", "encode_transformer.transformer1.layers"),
+    (r"extractor\.causal", "encode_transformer.transformer2.layers"),
+    (r"fusion\.global_positions", "decode_transformer.slot_position_embedding"),
+    (r"fusion\.positions", "decode_transformer.position_embedding"), (r"fusion\.layers", "decode_transformer.transformer.layers"),
+    (r"fusion\.mask_token", "decode_transformer.mask_embedding"), (r"fusion\.vfm_norm", "decode_transformer.norm_vfm"),
+    (r"fusion\.vfm_proj", "decode_transformer.proj"), (r"fusion\.norm", "decode_transformer.norm"),
+    (r"global_quantizer\.codebook", "slot_quantize.embedding.weight"), (r"patch_quantizer\.codebook", "quantize.embedding.weight"),
+    (r"patch_down", "quant_conv"), (r"patch_up", "post_quant_conv"),
+    (r"global_down", "pre_slots_quant"), (r"global_up", "post_slots_quant"),
+    (r"levels", "conv_blocks"), (r"shortcut", "nin_shortcut"), (r"((?:coder)\..*)\.out\.", r"\1.proj_out."),
+    (r"(encoder.*)resample\.1", r"\1downsample.conv"), (r"(decoder.*)resample\.1", r"\1upsample.conv"),
+]
+RELEASED_LLAMA = [
+    (r"class_embedding", "cls_embedding.embedding_table"), (r"patch_embedding", "tok_embeddings"),
+    (r"global_embedding", "slot_embeddings"), (r"global_positions", "slot_pos"), (r"blocks", "layers"),
+    (r"norm1", "attention_norm"), (r"norm2", "ffn_norm"), (r"qkv", "attention.wqkv"), (r"out\.", "attention.wo."),
+    (r"\.(w\d)", r".feed_forward.\1"),
+]
+
+
+def from_released(model: nn.Module, names: list[tuple[str, str]], released: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The released file's tensors under our names. Its 1x1 convolutions are our linear layers, its one output layer is our
+    two heads, and its usage statistics and DINOv2 weights are left out; what then differs is found by strict loading."""
+    released = {k: v for k, v in released.items() if not k.endswith("codebook_used") and "backbone" not in k}
+    if "output.weight" in released:
+        released["global_head.weight"], released["patch_head.weight"] = released.pop("output.weight").chunk(2)
+    renamed = {}
+    for ours, tensor in model.state_dict().items():
+        theirs = ours
+        for pattern, name in names:
+            theirs = re.sub(pattern, name, theirs)
+        if theirs in released:
+            found = released.pop(theirs)
+            renamed[ours] = found.flatten(1) if tensor.dim() == 2 and found.shape[2:] == (1, 1) else found
+    return {**renamed, **released}
+
+
+def read_checkpoint(path: str | Path, kind: str) -> dict:
+    """A checkpoint as a dictionary with plain values and tensors on the CPU; kind is 'tokenizer' or 'llama'.
+
+    Raises HitaError if the file is missing, is no checkpoint, would run code, or holds another kind of model.
+    """
+    script = {"tokenizer": "train_tokenizer.py", "llama": "train_ar.py"}[kind]
+    check(os.path.isfile(path), f"there is no {kind} checkpoint at {path}; make one with `python {script}`")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the released files carry their arguments
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # zip, pickle and I/O errors of many kinds; the file is of no use in either case
+        raise HitaError(f"{path} is not a checkpoint that can be read safely ({short(e)})") from e
+    check(isinstance(data, dict) and ("ema" in data or "model" in data), f"{path} holds no model weights")
+    if "kind" not in data:  # a released file
+        weights = data["ema"] if "ema" in data else data["model"]
+        data = {"kind": "llama" if "tok_embeddings.weight" in weights else "tokenizer", "ema": weights, "released": True}
+    check(data["kind"] == kind, f"{path} holds a {data['kind']}, a {kind} is needed; make one with `python {script}`")
+    return data
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+    """Strict: HitaError that names the first missing, unexpected or misshapen tensor."""
+    own = model.state_dict()
+    for problem, keys in (("lacks", own.keys() - weights.keys()), ("has the unexpected", weights.keys() - own.keys())):
+        check(not keys, f"{path} {problem} tensor {min(keys, default='')} ({len(keys)} such)")
+    for key, tensor in own.items():
+        check(weights[key].shape == tensor.shape,
+              f"{path}: {key} has shape {tuple(weights[key].shape)}, this model needs {tuple(tensor.shape)}")
+    model.load_state_dict(weights)
+
+
+def load_tokenizer(path: str | Path, dino: str | None = None) -> HitaTokenizer:
+    """The EMA weights of a tokenizer checkpoint, ours or a released one, in eval mode on the CPU.
+
+    dino: a timm name or a weights file of the DINOv2 that encoding needs, None to decode only; a tokenizer that was built
+    without DINOv2 ignores it. Raises HitaError if a file is missing or does not fit.
+    """
+    data = read_checkpoint(path, "tokenizer")
+    weights = data["ema"]
+    if data.get("released"):
+        ultra = "decode_transformer.mask_embedding" in weights
+        tokenizer = HitaTokenizer(TOKENIZERS["hita-u" if ultra else "hita-v"])
+        weights = from_released(tokenizer, RELEASED_TOKENIZER, weights)
+    else:
+        tokenizer = HitaTokenizer(TokenizerConfig(**data["config"]))
+    load_weights(tokenizer, weights, path)
+    if dino is not None:
+        attach_dino(tokenizer, dino)
+    return tokenizer.eval()
+
+
+def attach_dino(tokenizer: HitaTokenizer, dino: str | None = None) -> None:
+    """Give the tokenizer the frozen DINOv2 that its configuration names, if any; dino: another timm name or a weights file."""
+    cfg = tokenizer.cfg
+    if not cfg.uses_dino:
+        return
+    is_file = dino is not None and (os.path.exists(dino) or Path(dino).suffix in (".pth", ".pt", ".bin", ".safetensors"))
+    tokenizer.dino = DINOv2(cfg.dino, file=dino) if is_file else DINOv2(dino or cfg.dino)
+    check(tokenizer.dino.vit.embed_dim == cfg.dino_dim,
+          f"{dino or cfg.dino} has {tokenizer.dino.vit.embed_dim} features, the tokenizer expects {cfg.dino_dim}")
+
+
+def load_llama(path: str | Path) -> Llama:
+    """The EMA weights of a Llama checkpoint, ours or a released one, in eval mode on the CPU. Raises HitaError as above."""
+    data = read_checkpoint(path, "llama")
+    weights = data["ema"]
+    if data.get("released"):
+        dim, layers = weights["tok_embeddings.weight"].shape[1], sum(k.endswith("wqkv.weight") for k in weights)
+        size = [s for s in LLAMA_SIZES.values() if (s["dim"], s["layers"]) == (dim, layers)]
+        check(len(size) == 1, f"{path}: no released size has {layers} layers of width {dim}")
+        llama = Llama(LlamaConfig(**size[0]))
+        weights = from_released(llama, RELEASED_LLAMA, weights)
+    else:
+        llama = Llama(LlamaConfig(**data["config"]))
+    load_weights(llama, weights, path)
+    return llama.eval()
+
+
+def save_checkpoint(path: Path, data: dict) -> None:
+    """Write to a temporary file, sync it, and move it into place: whatever happens, `path` is the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(data, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        raise HitaError(f"cannot write {path} ({short(e)}); an earlier checkpoint there is untouched") from e
+
+
+def fingerprint(*parts) -> str:
+    """A short hash of modules' weights and of plain values: equal where nothing that matters has changed."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, nn.Module):
+            for name, tensor in part.state_dict().items():
+                digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        else:
+            digest.update(json.dumps(part).encode())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the scripts share: processes, the command line, data, schedules, logs, pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+def short(error: BaseException) -> str:
+    """The first line of an error, for a one-line message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def run(main) -> None:
+    """Call a script's main; print a HitaError as one line and exit with status 2."""
+    try:
+        main()
+    except HitaError as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        os._exit(2) if dist.is_initialized() else sys.exit(2)  # a rank that waits for the others must not hang here
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Index of this process, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of processes, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Sum of a tensor over all processes."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Tensors (n, ...) of all processes, one after another (world * n, ...)."""
+    if world() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def from_first(x: Tensor) -> Tensor:
+    """The tensor of process 0."""
+    if world() > 1:
+        dist.broadcast(x, 0)
+    return x
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def start(device: str | None, seed: int) -> torch.device:
+    """Join the process group that torchrun announces, choose the device, seed the random numbers."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        if chosen.type == "cuda" and "LOCAL_RANK" in os.environ:
+            chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise HitaError(f"device {device} cannot be used here ({short(e)}); try --device cpu") from e
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if chosen.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(seed + rank())
+    return chosen
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose flags can come from dataclasses."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = [w for w in message.split() if w.startswith("--")] if "unrecognized" in message else []
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1) if unknown else []
+        print(f"error: {message}" + (f"; did you mean {near[0]}?" if near else "; see --help"), file=sys.stderr)
+        sys.exit(2)
+
+    def add_config(self, title: str, config) -> None:
+        """One flag for each field of a dataclass instance, with its help; the values of the instance are shown there."""
+        group = self.add_argument_group(title)
+        for f in dataclasses.fields(config):
+            value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
+            text = f"{f.metadata['help']} [{','.join(map(str, value)) if isinstance(value, tuple) else value}]".replace("%", "%%")
+            if isinstance(value, bool):
+                group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            else:
+                kind = integers if isinstance(value, tuple) else type(value)
+                group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=text)
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """'1,2,4' -> (1, 2, 4)"""
+    return tuple(int(part) for part in text.split(","))
+
+
+def override(config, args: argparse.Namespace):
+    """A copy of a dataclass with the fields that were given as flags. Raises HitaError where they contradict."""
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(config) if hasattr(args, f.name)}
+    return dataclasses.replace(config, **given)
+
+
+def run_directory(path: str) -> Path:
+    """Make the directory that a run writes to. Raises HitaError if that is impossible."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise HitaError(f"cannot make the run directory {path} ({short(e)}); choose another with --out") from e
+    return Path(path)
+
+
+# data ---------------------------------------------------------------------------------------------------------------
+
+IMAGE_TYPES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+EMOJI_ZIP = Path(__file__).parent / "data" / "emoji64.zip"
+
+
+def embedded_data() -> Path:
+    """The folder of the embedded emoji pictures; unpacked beside the zip at first use."""
+    folder = EMOJI_ZIP.with_suffix("")
+    if rank() == 0 and not folder.is_dir():
+        check(EMOJI_ZIP.is_file(), f"the embedded data {EMOJI_ZIP} is missing; clone the repository again or pass --data DIR")
+        temporary = folder.with_suffix(f".{os.getpid()}.tmp")
+        with zipfile.ZipFile(EMOJI_ZIP) as z:
+            z.extractall(temporary)
+        os.replace(temporary, folder)
+    barrier()
+    return folder
+
+
+def fit(image: Image.Image, size: int, rng: np.random.Generator | None = None, crop_range: float = 1.0) -> np.ndarray:
+    """Bring a picture to (size, size, 3) uint8: halve with a box filter while it is twice too large, resize its smaller side
+    bicubically, crop. Centre crop as in ADM's evaluation; with rng the smaller side is drawn from size .. size / crop_range
+    and the place of the crop too."""
+    side = size if rng is None else int(rng.integers(size, math.ceil(size / crop_range) + 1))
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    spare = image.width - size, image.height - size
+    x, y = (s // 2 for s in spare) if rng is None else (int(rng.integers(s + 1)) for s in spare)
+    return np.asarray(image.crop((x, y, x + size, y + size)))
+
+
+class ImageFolder(torch.utils.data.Dataset):
+    """DIR/<split>/<class>/<picture>. Items are (image (3, size, size) in [-1, 1], class index).
+
+    An item is asked for by (variant, index). augment=True draws crop and flip from (seed, variant, index), so that every
+    epoch is a variant and a picture's augmentation depends on nothing else. augment=False: variant 0 is the centre crop,
+    1 its mirror image, and further ones are augmented.
+    A picture that cannot be read is named once and replaced by the next. Raises HitaError if there are no pictures.
+    """
+
+    def __init__(self, root: str | Path, split: str, size: int, augment: bool = False, crop_range: float = 1.0, seed: int = 0):
+        self.folder, self.size, self.augment, self.crop_range, self.seed = Path(root) / split, size, augment, crop_range, seed
+        check(Path(root).is_dir(), f"there is no data folder {root}; it must hold {split}/<class>/<pictures>")
+        check(self.folder.is_dir(), f"{root} has no folder {split}; pictures belong in {split}/<class>/")
+        self.classes = sorted(d.name for d in self.folder.iterdir() if d.is_dir())
+        self.files = [(path, label) for label, name in enumerate(self.classes)
+                      for path in sorted((self.folder / name).rglob("*")) if path.suffix.lower() in IMAGE_TYPES]
+        check(len(self.files) > 0, f"{self.folder} has no pictures in <class> folders ({', '.join(sorted(IMAGE_TYPES))})")
+        self.bad: set[Path] = set()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        variant, index = item
+        for index in range(index, index + len(self.files)):
+            path, label = self.files[index % len(self.files)]
+            try:
+                with Image.open(path) as image:
+                    image = image.convert("RGB")
+                break
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+                if path not in self.bad:
+                    self.bad.add(path)
+                    print(f"skipped {path}, {len(self.bad)} so far: cannot be read ({short(e)})", file=sys.stderr, flush=True)
+        else:
+            raise HitaError(f"none of the {len(self.files)} pictures in {self.folder} can be read")
+        random = self.augment or variant > 1
+        rng = np.random.default_rng((self.seed, variant, index)) if random else None
+        pixels = fit(image, self.size, rng, self.crop_range)                                # (size, size, 3)
+        if rng.random() < 0.5 if random else variant == 1:
+            pixels = pixels[:, ::-1]
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1, label
+
+    def signature(self) -> list:
+        """What a cache made from these pictures depends on: their names, sizes and times, and the preparation."""
+        stats = [(str(path.relative_to(self.folder)), (s := path.stat()).st_size, s.st_mtime_ns) for path, _ in self.files]
+        return [stats, self.size, self.augment, self.crop_range, self.seed]
+
+
+class Shuffled(torch.utils.data.Sampler):
+    """Endless batches of (epoch, index) for this process. The data are gone through in epochs, each in its own order that
+    depends on the seed alone; batches run on across the end of an epoch, and each process gets its share of every batch."""
+
+    def __init__(self, length: int, batch_size: int, seed: int, first_step: int = 0):
+        check(batch_size >= 1 and batch_size % world() == 0,
+              f"the batch of {batch_size} pictures cannot be divided among {world()} processes")
+        self.length, self.batch_size, self.seed, self.first_step, self.epoch = length, batch_size, seed, first_step, -1
+
+    def __iter__(self):
+        share, position = self.batch_size // world(), self.first_step * self.batch_size
+        while True:
+            yield [self.item(position + rank() * share + i) for i in range(share)]
+            position += self.batch_size
+
+    def item(self, position: int) -> tuple[int, int]:
+        epoch, place = divmod(position, self.length)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.length)
+        return epoch, int(self.order[place])
+
+
+# training -----------------------------------------------------------------------------------------------------------
+
+def learning_rate(step: int, steps: int, warmup: int, lr: float, lr_final: float) -> float:
+    """Linear warm-up from 1e-7 over `warmup` steps, then a cosine from lr to lr_final; step counts from 1."""
+    if step <= warmup:
+        return 1e-7 + step * (lr - 1e-7) / warmup
+    return lr_final + (lr - lr_final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * model, parameters only."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+class Log:
+    """Averages metrics on the device and, at each `write`, prints one line and appends one JSON line to a file."""
+
+    def __init__(self, path: Path, steps: int):
+        self.path, self.steps, self.sums, self.count, self.start = path, steps, {}, 0, time.time()
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Metrics of one step, as scalars on the device; no host sync."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.count += 1
+
+    def write(self, step: int, images: int, extra: dict[str, float]) -> None:
+        """images: pictures per step over all processes."""
+        values = all_sum(torch.stack([v.float() for v in self.sums.values()])).tolist()
+        metrics = {n: v / self.count / world() for n, v in zip(self.sums, values)} | extra
+        seconds = time.time() - self.start
+        metrics["images/s"] = self.count * images / seconds
+        eta = seconds / self.count * (self.steps - step)
+        if rank() == 0:
+            print(f"step {step:6d}/{self.steps} " + " ".join(f"{n} {v:.4g}" for n, v in metrics.items()) + f" ETA {eta / 60:.1f} min", flush=True)
+            with open(self.path, "a") as f:
+                f.write(json.dumps({"step": step, **metrics, "eta_s": round(eta)}) + "\n")
+        self.sums, self.count, self.start = {}, 0, time.time()
+
+
+def save_grid(images: Tensor, path: Path, columns: int) -> None:
+    """Pictures (B, 3, H, W) in [-1, 1], about, as one PNG with so many columns."""
+    grid = make_grid(images.float().clamp(-1, 1).cpu(), nrow=columns, padding=2, pad_value=1.0, value_range=(-1, 1), normalize=True)
+    TF.to_pil_image(grid).save(path)
