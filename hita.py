@@ -1144,8 +1144,8 @@ def start(device: str | None, seed: int) -> torch.device:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and whose flags can come from dataclasses."""
 
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, description: str, **kwargs):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str):
         flags = [flag for action in self._actions for flag in action.option_strings]
@@ -1153,6 +1153,13 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1) if unknown else []
         print(f"error: {message}" + (f"; did you mean {near[0]}?" if near else "; see --help"), file=sys.stderr)
         sys.exit(2)
+
+    def add_choice(self, flag: str, choices: list[str], default: str, help: str) -> str:
+        """Add a flag on which the defaults of others depend, and return its value at once."""
+        early = Parser("", add_help=False)
+        for parser in (early, self):
+            parser.add_argument(flag, choices=choices, default=default, help=f"{help} [{default}]")
+        return vars(early.parse_known_args()[0])[flag[2:].replace("-", "_")]
 
     def add_config(self, title: str, config) -> None:
         """One flag for each field of a dataclass instance, with its help; the values of the instance are shown there."""
@@ -1307,7 +1314,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 class Log:
-    """Averages metrics on the device and, at each `write`, prints one line and appends one JSON line to a file."""
+    """Averages metrics on the device and, at each `write`, prints one line and appends it to a file as JSON."""
 
     def __init__(self, path: Path, steps: int):
         self.path, self.steps, self.sums, self.count, self.start = path, steps, {}, 0, time.time()
@@ -1315,21 +1322,27 @@ class Log:
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Metrics of one step, as scalars on the device; no host sync."""
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.count += 1
 
     def write(self, step: int, images: int, extra: dict[str, float]) -> None:
-        """images: pictures per step over all processes."""
-        values = all_sum(torch.stack([v.float() for v in self.sums.values()])).tolist()
-        metrics = {n: v / self.count / world() for n, v in zip(self.sums, values)} | extra
-        seconds = time.time() - self.start
-        metrics["images/s"] = self.count * images / seconds
-        eta = seconds / self.count * (self.steps - step)
-        if rank() == 0:
-            print(f"step {step:6d}/{self.steps} " + " ".join(f"{n} {v:.4g}" for n, v in metrics.items()) + f" ETA {eta / 60:.1f} min", flush=True)
-            with open(self.path, "a") as f:
-                f.write(json.dumps({"step": step, **metrics, "eta_s": round(eta)}) + "\n")
+        """Means since the last call, and the speed; images: pictures per step over all processes.
+        Raises HitaError if a figure is not finite."""
+        means = (all_sum(torch.stack(list(self.sums.values()))) / (self.count * world())).tolist()
+        metrics = dict(zip(self.sums, means))
+        for name, value in metrics.items():
+            check(math.isfinite(value), f"{name} is {value} before step {step}: the run has diverged; try a lower --lr")
+        speed = self.count / (time.time() - self.start)                                     # steps per second
+        self.line(step, metrics | extra | {"images/s": speed * images, "eta_min": (self.steps - step) / speed / 60})
         self.sums, self.count, self.start = {}, 0, time.time()
+
+    def line(self, step: int, metrics: dict[str, float]) -> None:
+        """Print and append one line of figures."""
+        if rank() == 0:
+            text = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}", flush=True)
+            with open(self.path, "a") as f:
+                f.write(json.dumps({"step": step, **metrics}) + "\n")
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:

@@ -10,10 +10,10 @@ The run directory gets tokenizer.pt (weights, EMA weights, optimizers), tokenize
 interval) and tokenizer-<step>.png (originals beside reconstructions).
 """
 
+import copy
 import dataclasses
-import json
-import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -62,16 +62,138 @@ RECIPES = {
 
 def parse_args():
     """Command line -> (arguments, tokenizer configuration, recipe). The preset gives the defaults of all other flags."""
-    first = hita.Parser(__doc__)
-    first.add_argument("--preset", choices=list(RECIPES), default="emoji", help="model and recipe to start from [emoji]")
-    preset = first.parse_known_preset()
-    first.add_argument("--data", help="folder with train/<class>/<pictures> and val/... [the embedded emoji pictures]")
-    first.add_argument("--out", default="out", help="run directory [out]")
-    first.add_argument("--device", help="cuda, mps or cpu [the best there is]")
-    first.add_argument("--dino-file", help="DINOv2 weights, the original .pth or timm's .safetensors [from the Hub]")
-    first.add_config("model", hita.TOKENIZERS[preset])
-    first.add_config("training", RECIPES[preset])
-    args = first.parse_args()
+    parser = hita.Parser(__doc__)
+    preset = parser.add_choice("--preset", list(RECIPES), "emoji", "model and recipe to start from")
+    parser.add_argument("--data", help="folder with train/<class>/<pictures> and val/... [the embedded emoji pictures]")
+    parser.add_argument("--out", default="out", help="run directory [out]")
+    parser.add_argument("--device", help="cuda, mps or cpu [the best there is]")
+    parser.add_argument("--dino-file", help="DINOv2 weights, the original .pth or timm's .safetensors [from the Hub]")
+    parser.add_config("model", hita.TOKENIZERS[preset])
+    parser.add_config("training", RECIPES[preset])
+    args = parser.parse_args()
     if getattr(args, "num_global", None) == 0 and not hasattr(args, "k"):
-        args.k = 0  # nothing to replace patches with
+        args.k = 0  # without global tokens there is nothing to replace patches with
     return args, hita.override(hita.TOKENIZERS[preset], args), hita.override(RECIPES[preset], args)
+
+
+def build(cfg: hita.TokenizerConfig, recipe: Training, device: torch.device, dino_file: str | None):
+    """-> tokenizer, its EMA copy, discriminator, perceptual loss or None; the same weights in every process."""
+    torch.manual_seed(recipe.seed)
+    tokenizer, discriminator = hita.HitaTokenizer(cfg), hita.PatchDiscriminator(recipe.gan_width)
+    tokenizer, discriminator = (m.to(device, memory_format=torch.channels_last) for m in (tokenizer, discriminator))
+    ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
+    hita.attach_dino(tokenizer, dino_file)
+    ema.dino = tokenizer.dino
+    perceptual = hita.PerceptualLoss().to(device) if recipe.lpips_weight > 0 else None
+    torch.manual_seed(recipe.seed + hita.rank())  # dropout differs between the processes
+    return tokenizer, ema, discriminator, perceptual
+
+
+@torch.no_grad()
+def evaluate(ema: hita.HitaTokenizer, data: hita.ImageFolder, batch_size: int, device: torch.device, picture) -> dict[str, float]:
+    """PSNR in dB and use of both codebooks over the validation split, with the EMA weights; writes originals beside
+    reconstructions to `picture`."""
+    loader = DataLoader(data, batch_size, sampler=[(0, i) for i in range(hita.rank(), len(data), hita.world())])
+    total = torch.zeros(2, device=device)                                         # sum of PSNR, number of pictures
+    hits = torch.zeros(2, ema.cfg.codebook_size, device=device)                   # uses of each global and each patch code
+    for images, _ in loader:
+        images = images.to(device)
+        out = ema(images)
+        total += torch.stack([hita.psnr(images, out.recon).sum(), images.new_tensor(len(images))])
+        for h, ids in zip(hits, (out.global_ids, out.patch_ids)):
+            h += torch.bincount(ids.flatten(), minlength=len(h))
+    total, hits = hita.all_sum(total), hita.all_sum(hits)
+    if hita.rank() == 0:
+        shown = torch.stack([data[0, i * len(data) // 24][0] for i in range(24)]).to(device)
+        pairs = torch.stack([shown, ema(shown).recon], dim=1).flatten(0, 1)       # original, reconstruction, original, ...
+        hita.save_grid(pairs, picture, columns=12)
+    return {"psnr": (total[0] / total[1]).item()} | usage(hits)
+
+
+def usage(hits: torch.Tensor) -> dict[str, float]:
+    """Hits (2, V) of global and patch codes -> share in use and perplexity of each codebook that is used at all."""
+    figures = {}
+    for name, h in zip(("global", "patch"), hits):
+        if h.sum() > 0:
+            figures[f"{name}_use"], figures[f"{name}_ppl"] = hita.usage_and_perplexity(h)
+    return figures
+
+
+def main():
+    args, cfg, recipe = parse_args()
+    device = hita.start(args.device, recipe.seed)
+    out = hita.run_directory(args.out)
+    root = args.data or hita.embedded_data()
+    train = hita.ImageFolder(root, "train", cfg.image_size, True, recipe.crop_range, recipe.seed)
+    has_val = (Path(root) / "val").is_dir()
+    val = hita.ImageFolder(root, "val" if has_val else "train", cfg.image_size)
+    tokenizer, ema, discriminator, perceptual = build(cfg, recipe, device, args.dino_file)
+    optimizer = torch.optim.Adam(tokenizer.parameters(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+    model, judge = tokenizer, discriminator
+    if hita.world() > 1:
+        model, judge = DDP(tokenizer, broadcast_buffers=False), DDP(discriminator, broadcast_buffers=False)
+    batches = iter(DataLoader(train, batch_sampler=hita.Shuffled(len(train), recipe.batch_size, recipe.seed),
+                              num_workers=recipe.workers, pin_memory=device.type == "cuda"))
+    if hita.rank() == 0:
+        print(f"tokenizer {sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f}M parameters, {len(train)} pictures, "
+              f"{device} x {hita.world()}\n{cfg}\n{recipe}", flush=True)
+    log = hita.Log(out / "tokenizer.jsonl", recipe.steps)
+    hits = torch.zeros(2, cfg.codebook_size, device=device)
+    tokenizer.train()
+    for step in range(1, recipe.steps + 1):
+        images = next(batches)[0].to(device, non_blocking=True, memory_format=torch.channels_last)   # (B, 3, H, W)
+        for group in optimizer.param_groups:
+            group["lr"] = hita.learning_rate(step, recipe.steps, recipe.warmup, recipe.lr, recipe.lr_final)
+        adversarial = step >= recipe.gan_start and recipe.gan_weight > 0
+
+        # generator
+        discriminator.requires_grad_(False)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            result = model(images)
+            losses = {"rec": hita.reconstruction_loss(images, result.recon), "codebook": result.codebook_loss}
+            if cfg.vfm_recon:
+                losses["feature"] = result.feature_loss
+            if perceptual is not None:
+                losses["lpips"] = recipe.lpips_weight * perceptual(images, result.recon)
+            if adversarial:
+                losses["adv"] = recipe.gan_weight * hita.adversarial_loss(discriminator(result.recon))
+        loss = sum(losses.values())
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), recipe.clip)
+        optimizer.step()
+        hita.update_ema(ema, tokenizer, recipe.ema)
+        metrics = {"loss": loss, **losses, "grad": grad_norm}
+
+        # discriminator
+        if adversarial:
+            discriminator.requires_grad_(True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                real, fake = judge(images), judge(result.recon.detach())
+                loss_d = hita.discriminator_loss(real, fake)
+            optimizer_d.zero_grad()
+            (recipe.gan_weight * loss_d).backward()
+            torch.nn.utils.clip_grad_norm_(discriminator.parameters(), recipe.clip)
+            optimizer_d.step()
+            metrics |= {"disc": loss_d, "D(real)": real.mean(), "D(fake)": fake.mean()}
+
+        log.add(metrics)
+        for h, ids in zip(hits, (result.global_ids, result.patch_ids)):
+            h += torch.bincount(ids.flatten(), minlength=len(h))
+        if step % recipe.log_every == 0 or step == recipe.steps:
+            log.write(step, recipe.batch_size, usage(hita.all_sum(hits)))
+            hits.zero_()
+        if step % recipe.eval_every == 0 or step == recipe.steps:
+            figures = evaluate(ema, val, recipe.batch_size, device, out / f"tokenizer-{step:06d}.png")
+            log.line(step, figures)
+            if hita.rank() == 0:
+                hita.save_checkpoint(out / "tokenizer.pt", {
+                    "kind": "tokenizer", "config": dataclasses.asdict(cfg), "recipe": dataclasses.asdict(recipe), "step": step,
+                    "model": tokenizer.state_dict(), "ema": ema.state_dict(), "discriminator": discriminator.state_dict(),
+                    "optimizer": optimizer.state_dict(), "optimizer_d": optimizer_d.state_dict()})
+            hita.barrier()
+
+
+if __name__ == "__main__":
+    hita.run(main)
