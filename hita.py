@@ -1161,10 +1161,12 @@ class Parser(argparse.ArgumentParser):
             parser.add_argument(flag, choices=choices, default=default, help=f"{help} [{default}]")
         return vars(early.parse_known_args()[0])[flag[2:].replace("-", "_")]
 
-    def add_config(self, title: str, config) -> None:
-        """One flag for each field of a dataclass instance, with its help; the values of the instance are shown there."""
+    def add_config(self, title: str, config, skip: tuple[str, ...] = ()) -> None:
+        """One flag for each field of a dataclass instance but those in `skip`; the help shows the instance's values."""
         group = self.add_argument_group(title)
         for f in dataclasses.fields(config):
+            if f.name in skip:
+                continue
             value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
             text = f"{f.metadata['help']} [{','.join(map(str, value)) if isinstance(value, tuple) else value}]".replace("%", "%%")
             if isinstance(value, bool):
@@ -1322,14 +1324,15 @@ class Log:
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Metrics of one step, as scalars on the device; no host sync."""
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+            pair = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])
+            self.sums[name] = self.sums.get(name, 0) + pair
         self.count += 1
 
     def write(self, step: int, images: int, extra: dict[str, float]) -> None:
         """Means since the last call, and the speed; images: pictures per step over all processes.
         Raises HitaError if a figure is not finite."""
-        means = (all_sum(torch.stack(list(self.sums.values()))) / (self.count * world())).tolist()
-        metrics = dict(zip(self.sums, means))
+        sums = all_sum(torch.stack(list(self.sums.values())))                               # (metrics, 2)
+        metrics = dict(zip(self.sums, (sums[:, 0] / sums[:, 1]).tolist()))
         for name, value in metrics.items():
             check(math.isfinite(value), f"{name} is {value} before step {step}: the run has diverged; try a lower --lr")
         speed = self.count / (time.time() - self.start)                                     # steps per second
