@@ -911,7 +911,7 @@ def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor
 # Checkpoints: plain tensors and numbers, loaded with weights_only=True
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Our names (regular expressions) -> names in the released files. The first match at each place wins, top to bottom.
+# Our names (regular expressions) -> names in the released files, applied one after another.
 RELEASED_TOKENIZER = [
     (r"extractor\.queries", "encode_transformer.carrier_tokens"), (r"extractor\.positions", "encode_transformer.pos_embed"),
     (r"extractor\.dino_proj", "encode_transformer.proj.mlp"), (r"extractor\.norm", "encode_transformer.norm_pre"),
@@ -937,6 +937,13 @@ RELEASED_LLAMA = [
 ]
 
 
+def released_name(ours: str, names: list[tuple[str, str]]) -> str:
+    """The name that one of our tensors has in the released files."""
+    for pattern, name in names:
+        ours = re.sub(pattern, name, ours)
+    return ours
+
+
 def from_released(model: nn.Module, names: list[tuple[str, str]], released: dict[str, Tensor]) -> dict[str, Tensor]:
     """The released file's tensors under our names. Its 1x1 convolutions are our linear layers, its one output layer is our
     two heads, and its usage statistics and DINOv2 weights are left out; what then differs is found by strict loading."""
@@ -945,10 +952,7 @@ def from_released(model: nn.Module, names: list[tuple[str, str]], released: dict
         released["global_head.weight"], released["patch_head.weight"] = released.pop("output.weight").chunk(2)
     renamed = {}
     for ours, tensor in model.state_dict().items():
-        theirs = ours
-        for pattern, name in names:
-            theirs = re.sub(pattern, name, theirs)
-        if theirs in released:
+        if (theirs := released_name(ours, names)) in released:
             found = released.pop(theirs)
             renamed[ours] = found.flatten(1) if tensor.dim() == 2 and found.shape[2:] == (1, 1) else found
     return {**renamed, **released}

@@ -63,7 +63,7 @@ RECIPES = {size: Training() for size in hita.LLAMA_SIZES if size != "emoji"} | {
 
 
 def parse_args():
-    """Command line -> (arguments, recipe). The preset gives the defaults of all other flags."""
+    """Command line -> (arguments, Llama configuration but for what the tokenizer decides, recipe). The preset gives the defaults of all other flags."""
     parser = hita.Parser(__doc__)
     preset = parser.add_choice("--preset", list(RECIPES), "emoji", "size of the Llama and recipe to start from")
     parser.add_argument("--data", help="folder with train/<class>/<pictures> and val/... [the embedded emoji pictures]")
@@ -74,7 +74,7 @@ def parse_args():
     parser.add_config("model", hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), skip=FROM_TOKENIZER)
     parser.add_config("training", RECIPES[preset])
     args = parser.parse_args()
-    return args, hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), hita.override(RECIPES[preset], args)
+    return args, hita.override(hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), args), hita.override(RECIPES[preset], args)
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ def sample_grid(ema: hita.Llama, tokenizer: hita.HitaTokenizer, recipe: Training
 
 
 def main():
-    args, base, recipe = parse_args()
+    args, llama_cfg, recipe = parse_args()
     device = hita.start(args.device, recipe.seed)
     out = hita.run_directory(args.out)
     tokenizer = hita.load_tokenizer(args.tokenizer or out / "tokenizer.pt").to(device)
@@ -171,8 +171,8 @@ def main():
     val_tokens = token_cache(out / "tokens-val.npy", tokenizer, val, 1, device, recipe)
 
     torch.manual_seed(recipe.seed)
-    llama = hita.Llama(hita.override(dataclasses.replace(base, num_classes=len(train.classes), num_global=cfg.num_global,
-                                                         grid=cfg.grid, codebook_size=cfg.codebook_size), args)).to(device)
+    llama = hita.Llama(dataclasses.replace(llama_cfg, num_classes=len(train.classes), num_global=cfg.num_global, grid=cfg.grid,
+                                           codebook_size=cfg.codebook_size)).to(device)
     ema = copy.deepcopy(llama).eval().requires_grad_(False)
     model = DDP(llama) if hita.world() > 1 else llama
     optimizer = make_optimizer(llama, recipe)

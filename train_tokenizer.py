@@ -78,6 +78,8 @@ def parse_args():
 
 def build(cfg: hita.TokenizerConfig, recipe: Training, device: torch.device, dino_file: str | None):
     """-> tokenizer, its EMA copy, discriminator, perceptual loss or None; the same weights in every process."""
+    hita.check(cfg.image_size >= 24 or recipe.gan_weight == 0, f"the discriminator needs pictures of at least 24 pixels, "
+               f"image_size is {cfg.image_size}; train with --gan-weight 0")
     torch.manual_seed(recipe.seed)
     tokenizer, discriminator = hita.HitaTokenizer(cfg), hita.PatchDiscriminator(recipe.gan_width)
     tokenizer, discriminator = (m.to(device, memory_format=torch.channels_last) for m in (tokenizer, discriminator))

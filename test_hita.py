@@ -1,0 +1,702 @@
+"""Tests of hita.py and the scripts: `pytest`, CPU only, no network, under two minutes on two cores."""
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import hita
+import sample
+import train_ar
+import train_tokenizer
+
+ROOT = Path(__file__).parent
+TINY = hita.TokenizerConfig(image_size=16, channels=8, channel_mult=(1, 1, 2), res_blocks=1, latent_dim=16, layers=1, heads=2,
+                            dropout=0.1, num_global=6, codebook_size=32, k=2, dino="none")   # M = 6, N = 16, V = 32
+TINY_LLAMA = hita.LlamaConfig(layers=2, heads=2, dim=16, num_classes=5, num_global=6, grid=4, codebook_size=32)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def tiny(**changes) -> hita.HitaTokenizer:
+    return hita.HitaTokenizer(dataclasses.replace(TINY, **changes)).eval()
+
+
+def tiny_llama(**changes) -> hita.Llama:
+    """Heads start at zero; give them weights, so that the logits say something."""
+    llama = hita.Llama(dataclasses.replace(TINY_LLAMA, **changes)).eval()
+    for head in llama.heads():
+        torch.nn.init.normal_(head.weight)
+    return llama
+
+
+def tiny_ids(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.arange(batch) % 5, torch.randint(32, (batch, 6)), torch.randint(32, (batch, 16))
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# configuration -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("preset, parameters, tensors", [("hita-v", 104_240_839, 499), ("hita-u", 104_767_687, 504)])
+def test_released_tokenizers_have_the_released_parameters(preset, parameters, tensors):
+    with torch.device("meta"):
+        tokenizer = hita.HitaTokenizer(hita.TOKENIZERS[preset])
+        assert count(tokenizer) == parameters and len(tokenizer.state_dict()) == tensors
+        assert tokenizer.patch_quantizer.codebook.shape == (16384, 8)
+        assert tokenizer.global_quantizer.codebook.shape == (16384, 12)
+        out = tokenizer.extractor(torch.empty(2, 512, 21, 21), torch.empty(2, 257, 1024))
+        assert [x.shape for x in out] == [(2, 128, 512), (2, 441, 512)]
+
+
+@pytest.mark.parametrize("size, parameters", [("B", 136_152_576), ("L", 376_596_480), ("XL", 816_806_400),
+                                              ("XXL", 1_461_500_928), ("2B", 2_251_549_440)])
+def test_released_llamas_have_the_released_parameters(size, parameters):
+    with torch.device("meta"):
+        llama = hita.Llama(hita.LlamaConfig(**hita.LLAMA_SIZES[size]))
+        assert count(llama) == parameters
+        x = llama.backbone(torch.empty(1, 569, llama.cfg.dim))
+        assert x.shape == (1, 569, llama.cfg.dim)
+
+
+def test_discriminator_has_the_released_size_and_logit_map():
+    D = hita.PatchDiscriminator()
+    assert count(D) == 2_765_633 and D(torch.zeros(1, 3, 336, 336)).shape == (1, 1, 40, 40)
+
+
+@pytest.mark.parametrize("changes", [dict(k=7), dict(k=-1), dict(image_size=18), dict(num_global=0, k=2), dict(heads=3), dict(channels=6),
+                                     dict(codebook_size=0), dict(vfm_recon=True), dict(beta=-1.0), dict(dropout=1.0)])
+def test_contradictory_tokenizer_settings_are_refused(changes):
+    with pytest.raises(hita.HitaError):
+        dataclasses.replace(TINY, **changes)
+
+
+@pytest.mark.parametrize("config, files", [(hita.TokenizerConfig, ["hita.py"]), (hita.LlamaConfig, ["hita.py"]),
+                                           (train_tokenizer.Training, ["train_tokenizer.py"]), (train_ar.Training, ["train_ar.py"])])
+def test_every_setting_is_read(config, files):
+    text = "".join((ROOT / f).read_text() for f in files)
+    for field in dataclasses.fields(config):
+        assert any(f"{name}.{field.name}" in text for name in ("cfg", "recipe", "self")), f"{field.name} is never read"
+
+
+# quantizer -----------------------------------------------------------------------------------------------------------
+
+def test_quantizer_takes_the_nearest_code_and_passes_the_gradient_straight_through():
+    vq = hita.VectorQuantizer(32, 4)
+    z = torch.randn(2, 5, 4, requires_grad=True)
+    codes, ids, _ = vq(z)
+    sphere, book = F.normalize(z.detach(), dim=-1), F.normalize(vq.codebook.detach(), dim=-1)
+    assert torch.equal(ids, torch.cdist(sphere, book[None]).argmin(-1)) and ids.dtype == torch.int64
+    assert torch.allclose(codes, book[ids], atol=1e-6) and torch.allclose(vq.lookup(ids), codes, atol=1e-6)
+    weight = torch.randn_like(codes)
+    (codes * weight).sum().backward()
+    reference = z.detach().clone().requires_grad_()
+    (F.normalize(reference, dim=-1) * weight).sum().backward()
+    assert torch.allclose(z.grad, reference.grad, atol=1e-6) and vq.codebook.grad is None
+
+
+def test_beta_weighs_the_encoder_side():
+    grads = {}
+    for beta in (0.25, 0.5):
+        torch.manual_seed(0)
+        vq, z = hita.VectorQuantizer(32, 4, beta), torch.randn(2, 5, 4, requires_grad=True)
+        vq(z)[2].backward()
+        grads[beta] = z.grad, vq.codebook.grad
+    assert torch.allclose(2 * grads[0.25][0], grads[0.5][0])          # encoder: proportional to beta
+    assert torch.allclose(grads[0.25][1], grads[0.5][1])              # codebook: independent of beta
+    assert grads[0.25][1].abs().sum() > 0
+
+
+def test_quantizer_works_in_float32_under_autocast():
+    vq, z = hita.VectorQuantizer(4096, 8), torch.randn(1, 256, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes, ids, loss = vq(z)
+    assert torch.equal(ids, vq(z)[1]) and codes.dtype == loss.dtype == torch.float32
+
+
+def test_unused_codes_are_revived_and_then_used():
+    vq = hita.VectorQuantizer(64, 4, revive=True).train()
+    z = F.normalize(torch.randn(8, 32, 4) + torch.tensor([5.0, 0, 0, 0]), dim=-1)    # a narrow cone that few codes are near
+    with torch.no_grad():
+        before = len(vq.eval()(z)[1].unique())
+        for _ in range(3):
+            vq.train()(z)
+        after = len(vq.eval()(z)[1].unique())
+    assert before < 32 and after > 50
+    frozen = vq.codebook.clone()
+    vq(z)                                                              # eval mode moves nothing
+    assert torch.equal(frozen, vq.codebook)
+
+
+def test_usage_and_perplexity():
+    use, perplexity = hita.usage_and_perplexity(torch.tensor([3.0, 3.0, 0.0, 0.0]))
+    assert use == 0.5 and perplexity == pytest.approx(2.0)
+
+
+def test_ids_outside_the_codebook_are_refused():
+    with pytest.raises(hita.HitaError, match="between 0 and 31"):
+        hita.VectorQuantizer(32, 4).lookup(torch.tensor([[32]]))
+
+
+# what sees what ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("k", [0, 1, 2, 6])
+def test_k_replacement_decides_which_tokens_a_cell_sees(k):
+    fusion = tiny(k=k).fusion
+    M, N = 6, 16
+    tokens = torch.randn(1, M + N, 16, requires_grad=True)
+    states = fusion(tokens[:, :M], tokens[:, M:], (4, 4))              # (1, N, D)
+    for i in (0, 1, 5, N - 1):
+        grad, = torch.autograd.grad(states[0, i].sum(), tokens, retain_graph=True)
+        seen = grad[0].abs().sum(-1) > 0                               # (M + N,)
+        expected = torch.arange(M + N) <= M - k + i                    # cell i is the state at position M - k + i
+        assert torch.equal(seen, expected)
+        assert seen[M:].sum() == max(0, i - k + 1)                     # patches 0 .. i - k
+
+
+def test_queries_gather_from_all_patches_and_the_second_stage_is_causal():
+    extractor = tiny().extractor
+    x = torch.randn(1, 16, 4, 4)
+    changed = x.clone()
+    changed[..., -1, -1] = torch.randn(16)                             # the last patch only
+    before, after = extractor(x, None), extractor(changed, None)
+    assert all(((a - b).abs().amax(-1) > 1e-5).all() for a, b in zip(before, after))  # bidirectional: all queries, all patches
+    x = torch.randn(1, 10, 16)
+    changed = x.clone()
+    changed[:, 4] = torch.randn(16)
+    moved = (extractor.causal(x) - extractor.causal(changed)).abs().amax(-1)[0] > 1e-6
+    assert moved.tolist() == [False] * 4 + [True] * 6
+
+
+def test_both_codebooks_reach_the_picture_and_the_loss_reaches_everything():
+    tokenizer = tiny(dropout=0.0).train()
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    out = tokenizer(images)
+    (hita.reconstruction_loss(images, out.recon) + out.codebook_loss).backward()
+    assert not [name for name, p in tokenizer.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+    _, g, p = tiny_ids()
+    picture, other_globals, other_patches = (tokenizer.eval().decode(*ids) for ids in ((g, p), (g.flip(0), p), (g, p.flip(0))))
+    assert (picture - other_globals).abs().max() > 0.01 and (picture - other_patches).abs().max() > 0.01
+
+
+def test_hita_u_features_see_globals_and_mask_tokens_only():
+    cfg = dataclasses.replace(TINY, vfm_recon=True, dino="some-vit", dino_dim=8)
+    fusion = hita.Fusion(cfg).eval()
+    globals_ = torch.randn(1, 6, 16, requires_grad=True)
+    features = fusion.reconstruct_features(globals_)
+    assert features.shape == (1, 256, 8)
+    grad, = torch.autograd.grad(features[0, 0].sum(), globals_)
+    assert (grad.abs().sum(-1) > 0).all()                              # a mask token sees every global token
+
+
+# tokenizer -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes", [{}, dict(num_global=0, k=0)])
+def test_encode_and_decode_agree_with_the_training_forward(changes):
+    tokenizer = tiny(**changes)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    global_ids, patch_ids = tokenizer.encode(images)
+    assert global_ids.shape == (2, tokenizer.cfg.num_global) and patch_ids.shape == (2, 16)
+    assert global_ids.dtype == patch_ids.dtype == torch.int64
+    out = tokenizer(images)
+    assert torch.equal(out.patch_ids, patch_ids) and torch.equal(out.global_ids, global_ids)
+    assert torch.allclose(out.recon, tokenizer.decode(global_ids, patch_ids), atol=1e-5)
+    assert out.recon.shape == images.shape and out.codebook_loss.requires_grad
+
+
+def test_other_sizes_and_oblong_images():
+    tokenizer = tiny()
+    assert tokenizer(torch.zeros(1, 3, 24, 24)).recon.shape == (1, 3, 24, 24)
+    assert tokenizer(torch.zeros(1, 3, 16, 32)).recon.shape == (1, 3, 16, 32)
+    ids = tokenizer.encode(torch.zeros(1, 3, 16, 32))
+    assert tokenizer.decode(*ids, grid=(4, 8)).shape == (1, 3, 16, 32)
+    for call in (lambda: tokenizer(torch.zeros(1, 3, 16, 18)), lambda: tokenizer.encode(torch.zeros(3, 16, 16)),
+                 lambda: tokenizer.decode(ids[0], ids[1][:, :-1]), lambda: tokenizer.decode(ids[0][:, 1:], ids[1])):
+        with pytest.raises(hita.HitaError):
+            call()
+
+
+def test_position_tables_are_read_row_by_row():
+    positions = torch.arange(16.0).reshape(1, 16, 1)
+    assert hita.resize_positions(positions, 4, 4) is positions
+    wide = hita.resize_positions(positions, 4, 8).reshape(4, 8)
+    assert (wide.diff(dim=1) > 0).all() and wide.diff(dim=0).mean() == pytest.approx(4, abs=0.2)
+
+
+def test_tokenizer_overfits_two_pictures():
+    tokenizer = tiny(dropout=0.0, revive_codes=True).train()
+    images = F.interpolate(torch.rand(2, 3, 4, 4) * 2 - 1, 16)
+    optimizer = torch.optim.Adam(tokenizer.parameters(), 3e-3)
+    first = None
+    for _ in range(120):
+        out = tokenizer(images)
+        loss = hita.reconstruction_loss(images, out.recon)
+        optimizer.zero_grad()
+        (loss + out.codebook_loss).backward()
+        optimizer.step()
+        first = first or loss.item()
+    assert loss.item() < 0.3 * first
+
+
+@pytest.fixture(scope="module")
+def small_dino():
+    torch.manual_seed(0)
+    return hita.DINOv2("vit_small_patch14_reg4_dinov2.lvd142m", pretrained=False)
+
+
+def test_dinov2_is_frozen_and_in_no_checkpoint(small_dino):
+    cfg = dict(dino="vit_small_patch14_reg4_dinov2.lvd142m", dino_dim=384)
+    tokenizer = tiny(**cfg)
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    with pytest.raises(hita.HitaError, match="dino="):
+        tokenizer.encode(images)
+    plain = count(tokenizer), set(tokenizer.state_dict())
+    tokenizer.dino = small_dino
+    assert (count(tokenizer), set(tokenizer.state_dict())) == plain
+    tokenizer.train()
+    tokenizer(images).recon.sum().backward()
+    assert not small_dino.training and all(p.grad is None for p in small_dino.parameters())
+    assert tokenizer.extractor.dino_proj[0].weight.grad.abs().sum() > 0
+    tokens = small_dino(images)
+    full = small_dino.vit.forward_features(small_dino.preprocess(images))
+    assert tokens.shape == (1, 257, 384) and torch.equal(tokens[:, 1:], full[:, 5:]) and torch.equal(tokens[:, 0], full[:, 0])
+
+
+def test_dinov2_preprocessing(small_dino):
+    x = torch.linspace(-1, 1, 8)[None, None, :, None].expand(1, 3, 8, 8)
+    y = small_dino.preprocess(x)                                       # a ramp stays a ramp: the corners are aligned
+    assert y.shape == (1, 3, 224, 224)
+    assert y[0, :, 0, 0].tolist() == pytest.approx([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], abs=1e-4)
+    assert y[0, :, -1, 0].tolist() == pytest.approx([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225], abs=1e-4)
+    noise = torch.randn(1, 3, 672, 672).clamp(-1, 1)
+    blurred, plain = (small_dino.preprocess(v).std() for v in (noise, noise[..., :224, :224]))
+    assert blurred < 0.5 * plain                                       # a blur precedes shrinking
+
+
+def test_dinov2_loads_a_local_file_and_names_a_missing_one(small_dino, tmp_path):
+    torch.save(small_dino.vit.state_dict(), tmp_path / "dino.pth")
+    again = hita.DINOv2("vit_small_patch14_reg4_dinov2.lvd142m", file=str(tmp_path / "dino.pth"))
+    x = torch.rand(1, 3, 32, 32)
+    assert torch.equal(again(x), small_dino(x))
+    with pytest.raises(hita.HitaError, match="nowhere.pth"):
+        hita.DINOv2(file="nowhere.pth")
+
+
+# losses --------------------------------------------------------------------------------------------------------------
+
+def test_adversarial_losses():
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
+    assert hita.discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.5 + 1.0))
+    assert hita.adversarial_loss(torch.zeros(3)).item() == pytest.approx(np.log(2))
+    assert hita.adversarial_loss(torch.tensor([5.0])) < hita.adversarial_loss(torch.tensor([-5.0]))
+
+
+def test_reconstruction_loss_and_psnr():
+    x = torch.zeros(2, 3, 4, 4)
+    assert hita.reconstruction_loss(x, x + 0.5).item() == pytest.approx(0.5)          # 2 * 0.25
+    assert hita.psnr(x, x + 0.2).tolist() == pytest.approx([20.0, 20.0])              # 10 log10(2^2 / 0.04)
+
+
+def test_perceptual_loss_has_no_dropout():
+    loss = hita.PerceptualLoss(pretrained=False).train()
+    x, y = torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    y.requires_grad_()
+    first = loss(x, y)
+    first.backward()
+    assert torch.equal(first, loss(x, y)) and y.grad.abs().sum() > 0
+    assert all(p.grad is None for p in loss.parameters())
+
+
+# Llama ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes", [{}, dict(num_global=0)])
+def test_cached_steps_equal_the_full_forward(changes):
+    """Every position, so also M - 1, M and M + 1, where table, head and positions change."""
+    llama = tiny_llama(**changes)
+    class_ids = torch.tensor([1, 4])
+    seen = []
+    for head in llama.heads():
+        head.register_forward_hook(lambda module, args, out: seen.append(out[:, -1] if out.dim() == 3 else out))
+    global_ids, patch_ids = llama.generate(class_ids, top_k=1)
+    cached = torch.stack(seen, dim=1)                                  # (B, M + N, V)
+    full = torch.cat(llama(class_ids, global_ids, patch_ids), dim=1)
+    assert torch.allclose(cached, full, atol=1e-4)
+    assert torch.equal(full.argmax(-1), torch.cat([global_ids, patch_ids], 1))
+
+
+def test_llama_is_causal_and_sees_the_class():
+    llama = tiny_llama()
+    class_ids, g, p = tiny_ids()
+    logits = torch.cat(llama(class_ids, g, p), dim=1)
+    for position in (0, 5, 6, 7, 20):                                  # token at `position` is input position + 1
+        g2, p2 = g.clone(), p.clone()
+        (g2 if position < 6 else p2)[:, position if position < 6 else position - 6] += 1
+        moved = (torch.cat(llama(class_ids, g2 % 32, p2 % 32), dim=1) - logits).abs().amax(-1)[0] > 1e-6
+        assert moved.tolist() == [i > position for i in range(22)]
+    assert ((torch.cat(llama(class_ids + 1, g, p), dim=1) - logits).abs().amax(-1) > 1e-6).all()
+
+
+def test_the_position_of_the_first_patch_attends_uniformly_and_patches_know_row_and_column():
+    cos, sin = hita.position_rotations(6, 4, 8)
+    assert cos.shape == sin.shape == (22, 4)
+    assert (cos[:6] == 1).all() and (sin[:6] == 0).all() and (cos[6] == 0).all() and (sin[6] == 0).all()
+    cell = 7 + 2 * 4 + 3                                               # patch at row 2, column 3
+    assert torch.allclose(torch.atan2(sin, cos)[cell], torch.tensor([2.0, 2 * 0.01, 3.0, 3 * 0.01]), atol=1e-5)
+
+
+def test_guidance_of_one_is_the_identity_and_guidance_reaches_the_logits():
+    llama = tiny_llama()
+    class_ids = torch.arange(5)
+    draw = lambda scale: torch.cat(llama.generate(class_ids, scale, generator=torch.Generator().manual_seed(1)), 1)
+    assert torch.equal(draw(1.0), draw(1.0 + 1e-7)) and not torch.equal(draw(1.0), draw(5.0))
+    unconditional = draw(0.0)                                          # scale 0 forgets the class
+    llama.class_embedding.weight.data[:5] += 1
+    assert torch.equal(unconditional, draw(0.0))
+
+
+def test_sampling_is_repeatable_and_stays_in_range():
+    llama = tiny_llama()
+    draw = lambda seed: llama.generate(torch.arange(5), 2.0, 1.0, 10, 0.9, torch.Generator().manual_seed(seed))
+    first, again, other = draw(1), draw(1), draw(2)
+    assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
+    assert first[0].shape == (5, 6) and first[1].shape == (5, 16) and first[1].dtype == torch.int64
+    assert 0 <= min(x.min() for x in first) and max(x.max() for x in first) < 32
+
+
+def test_filters():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    kept = lambda **kw: (hita.filter_logits(logits, **kw) > -torch.inf)[0].tolist()
+    assert kept() == [True] * 4 and kept(top_k=2) == [True, True, False, False]
+    assert kept(top_p=0.5) == [True, True, False, False]               # the token that crosses p stays
+    assert kept(top_p=0.4) == [True, False, False, False] and kept(top_p=0.9) == [True, True, True, False]
+    assert hita.filter_logits(torch.tensor([[1.0, 1.0, 0.0]]), top_k=1)[0].tolist() == [1, 1, -torch.inf]  # ties stay
+    assert torch.allclose(hita.filter_logits(logits, temperature=0.5), 2 * logits)
+    for wrong in (dict(temperature=0.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5)):
+        with pytest.raises(hita.HitaError):
+            hita.filter_logits(logits, **wrong)
+
+
+def test_class_labels_are_dropped_at_the_given_rate_while_training_only():
+    llama = tiny_llama(class_dropout=0.1, dropout=0.0, token_dropout=0.0)
+    seen = []
+    llama.class_embedding.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    ids = torch.zeros(2000, dtype=torch.int64), torch.zeros(2000, 6, dtype=torch.int64), torch.zeros(2000, 16, dtype=torch.int64)
+    with torch.no_grad():
+        llama.train()(*ids)
+        llama.eval()(*ids)
+    assert (seen[0] == 5).float().mean().item() == pytest.approx(0.1, abs=0.03)   # 0.03 is 4.5 standard deviations
+    assert (seen[1] == 0).all()
+
+
+def test_llama_overfits_two_batches():
+    llama = hita.Llama(dataclasses.replace(TINY_LLAMA, dropout=0.0, token_dropout=0.0, class_dropout=0.0))
+    optimizer = torch.optim.AdamW(llama.parameters(), 1e-2)
+    class_ids, g, p = tiny_ids(4)
+    for step in range(150):
+        loss = sum(hita.llama_losses(*llama(class_ids, g, p), g, p))
+        if step == 0:
+            assert loss.item() == pytest.approx(2 * np.log(32), abs=1e-4)         # zero heads: uniform
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.7
+
+
+def test_classes_out_of_range_are_refused():
+    for wrong in (torch.tensor([5]), torch.tensor([-1]), torch.tensor([0.5]), torch.tensor(1)):
+        with pytest.raises(hita.HitaError):
+            tiny_llama().generate(wrong)
+
+
+# numbers that must not drift -----------------------------------------------------------------------------------------
+
+def test_tiny_seeded_models_give_the_same_numbers_as_ever():
+    """Weights from numpy's frozen generator, so that neither initialisation nor torch's random streams matter."""
+    def fill(module):
+        for i, p in enumerate(module.parameters()):
+            p.data = torch.from_numpy(np.random.RandomState(i).standard_normal(p.shape).astype(np.float32)) / p[0].numel() ** 0.5
+        return module.eval()
+    images = (torch.arange(2 * 3 * 16 * 16) * 0.37).sin().reshape(2, 3, 16, 16)
+    tokenizer, llama, D = fill(tiny()), fill(tiny_llama()), fill(hita.PatchDiscriminator(8))
+    out = tokenizer(images)
+    class_ids, g, p = torch.tensor([1, 4]), torch.arange(12).reshape(2, 6), torch.arange(32).reshape(2, 16)
+    gl, pl = llama(class_ids, g, p)
+    mean = lambda x: x.double().abs().mean().item()
+    numbers = [mean(out.recon), out.codebook_loss.item(), mean(out.patch_ids), mean(out.global_ids), mean(gl), mean(pl),
+               mean(D(F.interpolate(images, 64)))]
+    assert numbers == pytest.approx(GOLDEN, rel=1e-4)
+
+
+GOLDEN = [0.7596975, 0.2346273, 23.96875, 16.66667, 0.5650826, 0.7532918, 0.5793044]
+
+
+# checkpoints ---------------------------------------------------------------------------------------------------------
+
+def save_tiny(folder: Path, **changes) -> tuple[hita.HitaTokenizer, hita.Llama]:
+    tokenizer, llama = tiny(**changes), tiny_llama()
+    hita.save_checkpoint(folder / "tokenizer.pt", {"kind": "tokenizer", "config": dataclasses.asdict(tokenizer.cfg),
+                                                   "ema": tokenizer.state_dict()})
+    hita.save_checkpoint(folder / "llama.pt", {"kind": "llama", "config": dataclasses.asdict(llama.cfg), "ema": llama.state_dict(),
+                                               "classes": list("abcde"), "tokenizer": hita.fingerprint(tokenizer)})
+    return tokenizer, llama
+
+
+def test_checkpoints_come_back_the_same(tmp_path):
+    tokenizer, llama = save_tiny(tmp_path)
+    tokenizer2, llama2 = hita.load_tokenizer(tmp_path / "tokenizer.pt"), hita.load_llama(tmp_path / "llama.pt")
+    assert not tokenizer2.training and not llama2.training and tokenizer2.cfg == tokenizer.cfg and llama2.cfg == llama.cfg
+    images, (c, g, p) = torch.rand(2, 3, 16, 16), tiny_ids()
+    assert all(map(torch.equal, tokenizer.encode(images), tokenizer2.encode(images)))
+    assert all(map(torch.equal, llama(c, g, p), llama2(c, g, p)))
+
+
+def test_unfit_checkpoints_are_refused_with_a_reason(tmp_path):
+    save_tiny(tmp_path)
+    good = torch.load(tmp_path / "llama.pt", weights_only=True)
+    def refused(data, match, load=hita.load_llama):
+        path = tmp_path / "x.pt"
+        path.write_bytes(data) if isinstance(data, bytes) else torch.save(data, path)
+        with pytest.raises(hita.HitaError, match=match):
+            load(path)
+    with pytest.raises(hita.HitaError, match="train_ar.py"):
+        hita.load_llama(tmp_path / "nothing.pt")
+    refused(good, "holds a llama", hita.load_tokenizer)
+    refused(b"", "not a checkpoint")
+    refused((tmp_path / "llama.pt").read_bytes()[:1000], "not a checkpoint")
+    refused({"some": 1}, "no model weights")
+    refused({**good, "ema": {k: v for k, v in good["ema"].items() if k != "norm.weight"}}, "lacks tensor norm.weight")
+    refused({**good, "ema": {**good["ema"], "extra": torch.zeros(1)}}, "unexpected tensor extra")
+    refused({**good, "ema": {**good["ema"], "norm.weight": torch.zeros(3)}}, r"norm.weight has shape \(3,\)")
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("echo ran > ran.txt",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"ema": {}, "args": Malicious()}, "evil.pt")
+    with pytest.raises(hita.HitaError, match="safely"):
+        hita.load_tokenizer("evil.pt")
+    assert not Path("ran.txt").exists()
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    hita.save_checkpoint(path, {"step": 1})
+    def full_disk(data, f):
+        f.write(b"half a")
+        raise OSError("No space left on device")
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(hita.HitaError, match="No space left"):
+        hita.save_checkpoint(path, {"step": 2})
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+def test_released_names():
+    with torch.device("meta"):
+        tokenizer, llama = hita.HitaTokenizer(hita.TOKENIZERS["hita-u"]), hita.Llama(hita.LlamaConfig())
+    names = {hita.released_name(k, hita.RELEASED_TOKENIZER) for k in tokenizer.state_dict()}
+    assert len(names) == 504 and names >= {
+        "encoder.conv_blocks.4.attn.1.proj_out.weight", "encoder.conv_blocks.0.downsample.conv.bias",
+        "decoder.conv_blocks.3.res.0.nin_shortcut.weight", "decoder.conv_blocks.0.upsample.conv.weight", "decoder.mid.1.q.bias",
+        "encode_transformer.transformer1.layers.2.attn1.to_out.0.bias", "encode_transformer.transformer2.layers.0.attn1.out_proj.bias",
+        "encode_transformer.proj.mlp.4.bias", "decode_transformer.transformer.layers.1.ffnet.w12.weight", "pre_slots_quant.weight",
+        "decode_transformer.norm_vfm.bias", "decode_transformer.mask_embedding", "slot_quantize.embedding.weight"}
+    names = {hita.released_name(k, hita.RELEASED_LLAMA) for k in llama.state_dict()}
+    assert len(names) == 91 and names >= {"layers.3.attention.wqkv.weight", "layers.0.feed_forward.w2.weight", "slot_pos.weight",
+                                          "cls_embedding.embedding_table.weight", "layers.11.ffn_norm.weight"}
+
+
+# data ----------------------------------------------------------------------------------------------------------------
+
+def picture_folder(root: Path, count: int = 12, classes: int = 5, size: tuple[int, int] = (20, 24)) -> Path:
+    for split in ("train", "val"):
+        for i in range(count):
+            path = root / split / f"class{i % classes}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+    return root
+
+
+def test_embedded_data():
+    root = hita.embedded_data()
+    train, val = hita.ImageFolder(root, "train", 64), hita.ImageFolder(root, "val", 64)
+    assert (len(train), len(val), len(train.classes)) == (6230, 365, 50) and train.classes == val.classes
+    image, label = val[0, 0]
+    assert image.shape == (3, 64, 64) and image.min() >= -1 and image.max() == 1 and label == 0
+    assert torch.equal(val[1, 0][0], image.flip(-1))
+
+
+def test_augmentation_depends_on_seed_epoch_and_picture_alone(tmp_path):
+    data = hita.ImageFolder(picture_folder(tmp_path), "train", 16, augment=True, crop_range=0.5)
+    assert torch.equal(data[3, 5][0], data[3, 5][0]) and not torch.equal(data[3, 5][0], data[4, 5][0])
+    assert data[0, 0][0].shape == (3, 16, 16)
+
+
+def test_centre_crop_and_random_crop_sizes():
+    image = Image.fromarray(np.arange(300 * 200 * 3, dtype=np.uint32).reshape(300, 200, 3).astype(np.uint8))
+    assert hita.fit(image, 64).shape == (64, 64, 3)
+    assert all(hita.fit(image, 64, np.random.default_rng(i), 0.8).shape == (64, 64, 3) for i in range(5))
+    square = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    assert np.array_equal(hita.fit(square, 64), np.asarray(square))    # pictures of the right size are left alone
+    assert hita.fit(Image.new("RGB", (1, 500)), 16).shape == (16, 16, 3)
+
+
+def test_unreadable_pictures_are_named_and_skipped(tmp_path, capsys):
+    root = picture_folder(tmp_path)
+    (root / "train/class0/0.png").write_bytes(b"not a picture")
+    data = hita.ImageFolder(root, "train", 16)
+    images = [data[0, i][0] for i in range(len(data))] + [data[0, 0][0]]
+    assert len(images) == 13 and torch.equal(images[0], images[1])
+    assert capsys.readouterr().err.count("skipped") == 1
+
+
+def test_data_folders_without_pictures_are_refused(tmp_path):
+    for root in (tmp_path / "missing", tmp_path):
+        with pytest.raises(hita.HitaError, match="folder"):
+            hita.ImageFolder(root, "train", 16)
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(hita.HitaError, match="no pictures"):
+        hita.ImageFolder(tmp_path, "train", 16)
+
+
+def test_batches_go_through_every_epoch_once_and_can_start_anywhere():
+    batches = iter(hita.Shuffled(10, 4, seed=3))
+    items = sum((next(batches) for _ in range(5)), [])                 # 20 items: two epochs, though 4 does not divide 10
+    for epoch in (0, 1):
+        assert sorted(i for e, i in items if e == epoch) == list(range(10))
+    assert [i for _, i in items[:10]] != [i for _, i in items[10:]]
+    later = iter(hita.Shuffled(10, 4, seed=3, first_step=3))
+    assert next(later) == items[12:16]
+    with pytest.raises(hita.HitaError):
+        hita.Shuffled(10, 0, 0)
+
+
+def test_learning_rate():
+    rate = lambda step: hita.learning_rate(step, 100, 10, 1e-3, 1e-4)
+    assert rate(5) == pytest.approx(1e-7 + 0.5 * (1e-3 - 1e-7)) and rate(10) == pytest.approx(1e-3) and rate(100) == pytest.approx(1e-4)
+    assert hita.learning_rate(77, 100, 0, 1e-4, 1e-4) == pytest.approx(1e-4)
+
+
+def test_ema():
+    a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    expected = 0.9 * a.weight + 0.1 * b.weight
+    hita.update_ema(a, b, 0.9)
+    assert torch.allclose(a.weight, expected)
+
+
+def test_token_cache_is_reused_and_rebuilt_when_anything_changes(tmp_path):
+    root = picture_folder(tmp_path / "data")
+    recipe, device, path = dataclasses.replace(train_ar.RECIPES["emoji"]), torch.device("cpu"), tmp_path / "tokens.npy"
+    tokenizer = tiny()
+    data = hita.ImageFolder(root, "train", 16)
+    build = lambda tok=tokenizer, copies=2: train_ar.token_cache(path, tok, data, copies, device, recipe)
+    tokens = build()
+    assert tokens.shape == (24, 1 + 6 + 16)
+    for row in (0, 7, 12 + 7):                                         # plain pictures, then mirrored ones
+        image, label = data[divmod(row, 12)]
+        assert tokens[row].tolist() == [label, *sum((x[0].tolist() for x in tokenizer.encode(image[None])), [])]
+    stamp = path.stat().st_mtime_ns
+    build()
+    assert path.stat().st_mtime_ns == stamp
+    for change in (lambda: build(copies=3), lambda: build(tiny(k=1)), lambda: build()):
+        change()
+        assert path.stat().st_mtime_ns != stamp
+        stamp = path.stat().st_mtime_ns
+    (root / "train/class0/0.png").write_bytes((root / "train/class1/1.png").read_bytes())
+    build()
+    assert path.stat().st_mtime_ns != stamp
+
+
+# scripts -------------------------------------------------------------------------------------------------------------
+
+def script(*args: str, processes: int = 1) -> subprocess.CompletedProcess:
+    launcher = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.run([*launcher, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+SMALL = ["--image-size", 24, "--channels", 8, "--channel-mult", "1,1,2", "--latent-dim", 16, "--layers", 1, "--num-global", 6,
+         "--codebook-size", 32, "--k", 2, "--steps", 4, "--batch-size", 4, "--log-every", 2, "--eval-every", 4, "--gan-start", 4]
+SMALL_AR = ["--dim", 24, "--layers", 1, "--heads", 2, "--steps", 4, "--batch-size", 4, "--log-every", 2, "--eval-every", 2]
+
+
+def figures(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_three_scripts_one_after_another_and_two_processes_equal_one(tmp_path):
+    data = picture_folder(tmp_path / "data")
+    runs = {}
+    for processes in (1, 2):
+        out = tmp_path / f"out{processes}"
+        result = script("train_tokenizer.py", "--data", data, "--out", out, *SMALL, processes=processes)
+        assert result.returncode == 0, result.stderr
+        result = script("train_ar.py", "--data", data, "--out", out, *SMALL_AR, processes=processes)
+        assert result.returncode == 0, result.stderr
+        runs[processes] = figures(out / "tokenizer.jsonl"), figures(out / "llama.jsonl")
+    assert {"loss", "rec", "codebook", "adv", "disc", "D(real)", "D(fake)", "grad", "global_use", "global_ppl", "patch_use",
+            "patch_ppl", "images/s", "eta_min"} <= set(runs[1][0][1])
+    assert runs[1][0][2]["step"] == 4 and "psnr" in runs[1][0][2] and {"val_global", "val_patch"} <= set(runs[1][1][-1])
+    for name in ("rec", "codebook"):  # up to the step at which the discriminator comes in, whose batch norm is per process
+        one, two = ([f[name] for f in runs[n][0] if name in f] for n in (1, 2))
+        assert one == pytest.approx(two, rel=1e-5), name
+    out = tmp_path / "out1"
+    for name in ("tokenizer.pt", "llama.pt", "tokenizer-000004.png", "llama-000004.png", "tokens-train.npy"):
+        assert (out / name).stat().st_size > 0
+    result = script("sample.py", "--out", out, "--class", "3", "class1", "--num", 3, "--single")
+    assert result.returncode == 0 and "images/s" in result.stdout, result.stderr
+    assert Image.open(out / "samples.png").size == (3 * 26 + 2, 2 * 26 + 2) and len(list((out / "samples").iterdir())) == 6
+
+
+@pytest.mark.parametrize("command, message", [
+    ("train_tokenizer.py --preset hita-w", "hita-w"), ("train_tokenizer.py --codebok-size 5", "--codebook-size"),
+    ("train_tokenizer.py --k 99", "num_global"), ("train_tokenizer.py --k x", "x"), ("train_tokenizer.py --steps 0", "steps"),
+    ("train_tokenizer.py --image-size 60", "multiple"), ("train_tokenizer.py --data nowhere", "nowhere"),
+    ("train_tokenizer.py --device warp9", "warp9"), ("train_tokenizer.py --lpips-weight 1", "vgg16"),
+    ("train_ar.py --out nowhere-to-be-found", "train_tokenizer.py"), ("train_ar.py --heads 5", "heads"),
+    ("sample.py --out nowhere-to-be-found", "train_"), ("sample.py --num 0", "--num"), ("sample.py --temperature x", "x")])
+def test_bad_requests_get_one_line_and_status_2(command, message, tmp_path, monkeypatch):
+    name, *args = command.split()
+    monkeypatch.setattr(sys, "argv", [name, *args] + ["--out", str(tmp_path / "out")] * ("--out" not in args))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    main = {"train_tokenizer.py": train_tokenizer, "train_ar.py": train_ar, "sample.py": sample}[name].main
+    with pytest.raises(SystemExit) as exit:
+        hita.run(main)
+    lines = sys.stderr.getvalue().strip().splitlines()
+    assert exit.value.code == 2 and lines[-1].startswith("error: ") and message in lines[-1]
+
+
+def test_sample_explains_itself(tmp_path):
+    names = ["cat", "face-happy", "flag"]
+    assert sample.class_indices(["face-happy", "2"], names) == [1, 2] and sample.class_indices(None, names) == [0, 1, 2]
+    for wrong, message in (("face-hapy", "face-happy"), ("3", "0 to 2"), ("-1", "0 to 2")):
+        with pytest.raises(hita.HitaError, match=message):
+            sample.class_indices([wrong], names)
+
+
+def test_sampling_with_another_tokenizer_is_refused(tmp_path, monkeypatch):
+    save_tiny(tmp_path)
+    other = tiny(k=1)
+    hita.save_checkpoint(tmp_path / "tokenizer.pt", {"kind": "tokenizer", "config": dataclasses.asdict(other.cfg), "ema": other.state_dict()})
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--out", str(tmp_path)])
+    with pytest.raises(hita.HitaError, match="another tokenizer"):
+        sample.main()
