@@ -158,8 +158,8 @@ class LlamaConfig:
 TOKENIZERS = {
     "hita-v": TokenizerConfig(),
     "hita-u": TokenizerConfig(vfm_recon=True),
-    "emoji": TokenizerConfig(image_size=64, channels=32, channel_mult=(1, 2, 4, 4), res_blocks=1, latent_dim=128, layers=2,
-                             heads=4, dropout=0.0, num_global=16, codebook_size=1024, k=4, revive_codes=True, dino="none"),
+    "emoji": TokenizerConfig(image_size=64, channels=16, channel_mult=(1, 2, 4, 8), res_blocks=1, latent_dim=128, layers=2,
+                             heads=4, dropout=0.0, num_global=16, codebook_size=512, k=8, revive_codes=True, dino="none"),
 }
 
 LLAMA_SIZES = {  # the paper's names; in brackets its nominal size and the true number of parameters
@@ -168,7 +168,7 @@ LLAMA_SIZES = {  # the paper's names; in brackets its nominal size and the true 
     "XL": dict(layers=36, heads=20, dim=1280),    # (775M, 816.8M)
     "XXL": dict(layers=48, heads=24, dim=1536),   # (1.4B, 1461.5M)
     "2B": dict(layers=48, heads=32, dim=1920),    # (2.0B, 2251.5M)
-    "emoji": dict(layers=6, heads=6, dim=192),
+    "emoji": dict(layers=4, heads=4, dim=128, dropout=0.0, token_dropout=0.0),
 }
 
 

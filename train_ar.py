@@ -58,8 +58,8 @@ class Training:
 
 
 RECIPES = {size: Training() for size in hita.LLAMA_SIZES if size != "emoji"} | {
-    "emoji": Training(steps=900, batch_size=32, lr=1e-3, lr_final=1e-4, warmup=50, ema=0.99, sample_cfg=2.0, log_every=50,
-                      eval_every=300, workers=0)}
+    "emoji": Training(steps=1600, batch_size=32, lr=3e-3, lr_final=1e-4, warmup=100, ema=0.99, sample_cfg=2.0, log_every=50,
+                      eval_every=400, workers=0)}
 
 
 def parse_args():
