@@ -40,6 +40,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -278,6 +279,13 @@ class Decoder(nn.Module):
 # DINOv2 (Oquab et al. 2023): frozen semantic features for the queries to read
 # ---------------------------------------------------------------------------------------------------------------------
 
+def read_tensors(file: str) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file or of a PyTorch file, which may hold nothing but tensors."""
+    if file.endswith(".safetensors"):
+        return safetensors.torch.load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
 class DINOv2(nn.Module):
     """Frozen ViT. Images (B, 3, H, W) in [-1, 1] -> normalised cls and patch tokens (B, 257, dim), registers dropped.
 
@@ -290,8 +298,8 @@ class DINOv2(nn.Module):
         super().__init__()
         import timm  # slow to import, and decoding does without it
         check(file is None or os.path.isfile(file), f"there is no DINOv2 weights file {file}")
-        overlay = dict(pretrained_cfg_overlay=dict(file=file)) if file else {}
         try:
+            overlay = dict(pretrained_cfg_overlay=dict(state_dict=read_tensors(file))) if file else {}
             self.vit = timm.create_model(name, pretrained=pretrained, img_size=self.SIZE, num_classes=0, **overlay)
         except Exception as e:  # timm and the Hub raise many kinds; the remedy is the same
             raise HitaError(f"DINOv2 {name}: cannot load {file or 'its weights from the Hub'} ({short(e)}); download "
@@ -857,7 +865,7 @@ class Llama(nn.Module):
         x = self.class_embedding(class_ids)[:, None]                                        # (B or 2B, 1, dim)
         caches = [x.new_empty(2, len(x), cfg.heads, T, cfg.dim // cfg.heads) for _ in self.blocks]
         ids = torch.empty(B, T, dtype=torch.int64, device=x.device)
-        for p in tqdm(range(T), desc="tokens", disable=not progress, leave=False):
+        for p in bar(range(T), "tokens", show=progress):
             embedding, head = (self.global_embedding, self.global_head) if p < M else (self.patch_embedding, self.patch_head)
             logits = head(self.backbone(x, caches, start=p)[:, -1]).float()                 # (B or 2B, V)
             if guided:
@@ -1068,6 +1076,11 @@ def fingerprint(*parts) -> str:
 def short(error: BaseException) -> str:
     """The first line of an error, for a one-line message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def bar(items, title: str, show: bool = True, scale: int = 1) -> tqdm:
+    """A progress bar over items that count `scale` each; few lines where the output is a file."""
+    return tqdm(items, title, disable=not show, unit_scale=scale, leave=False, mininterval=0.1 if sys.stderr.isatty() else 30)
 
 
 def run(main) -> None:

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import hita
 
@@ -90,7 +89,7 @@ def main():
     generator = torch.Generator(device).manual_seed(args.seed)
     start, images = time.time(), []
     chunks = class_ids.split(CHUNK)
-    for chunk in tqdm(chunks, desc="pictures", unit_scale=CHUNK, disable=len(chunks) == 1):
+    for chunk in hita.bar(chunks, "pictures", len(chunks) > 1, CHUNK):
         ids = llama.generate(chunk, args.cfg_scale, args.temperature, args.top_k, args.top_p, generator, progress=len(chunks) == 1)
         images.append(tokenizer.decode(*ids).clamp(-1, 1).cpu())
     seconds = time.time() - start

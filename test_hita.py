@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -288,10 +289,12 @@ def test_dinov2_preprocessing(small_dino):
 
 
 def test_dinov2_loads_a_local_file_and_names_a_missing_one(small_dino, tmp_path):
-    torch.save(small_dino.vit.state_dict(), tmp_path / "dino.pth")
-    again = hita.DINOv2("vit_small_patch14_reg4_dinov2.lvd142m", file=str(tmp_path / "dino.pth"))
-    x = torch.rand(1, 3, 32, 32)
-    assert torch.equal(again(x), small_dino(x))
+    weights, x = small_dino.vit.state_dict(), torch.rand(1, 3, 32, 32)
+    torch.save(weights, tmp_path / "dino.pth")
+    safetensors.torch.save_file(weights, tmp_path / "dino.safetensors")
+    for name in ("dino.pth", "dino.safetensors"):
+        again = hita.DINOv2("vit_small_patch14_reg4_dinov2.lvd142m", file=str(tmp_path / name))
+        assert torch.equal(again(x), small_dino(x))
     with pytest.raises(hita.HitaError, match="nowhere.pth"):
         hita.DINOv2(file="nowhere.pth")
 

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import hita
 from hita import option
@@ -58,8 +57,8 @@ class Training:
 
 
 RECIPES = {size: Training() for size in hita.LLAMA_SIZES if size != "emoji"} | {
-    "emoji": Training(steps=1600, batch_size=32, lr=3e-3, lr_final=1e-4, warmup=100, ema=0.99, sample_cfg=2.0, log_every=50,
-                      eval_every=400, workers=0)}
+    "emoji": Training(steps=2000, batch_size=32, lr=3e-3, lr_final=1e-4, warmup=100, ema=0.99, sample_cfg=2.0, log_every=50,
+                      eval_every=500, workers=0)}
 
 
 def parse_args():
@@ -99,7 +98,7 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.ImageFolde
         mine = range(hita.rank(), rows, hita.world())
         loader = DataLoader(data, 64, sampler=[divmod(row, len(data)) for row in mine], num_workers=recipe.workers)
         done = 0
-        for images, labels in tqdm(loader, desc=f"encoding {path.stem}", unit_scale=64, unit=" pictures", disable=hita.rank() > 0):
+        for images, labels in hita.bar(loader, f"encoding {path.stem}", hita.rank() == 0, 64):
             batch = torch.cat([labels[:, None], *(x.cpu() for x in tokenizer.encode(images.to(device)))], dim=1)  # (B, 1+M+N)
             ids[mine[done: done + len(batch)]] = batch.numpy()
             done += len(batch)
