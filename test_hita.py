@@ -143,6 +143,14 @@ def test_unused_codes_are_revived_and_then_used():
     assert torch.equal(frozen, vq.codebook)
 
 
+def test_hits_are_counted_over_all_processes(monkeypatch):
+    vq = hita.VectorQuantizer(64, 4, revive=True).train()
+    vq.hits.fill_(1.0)
+    monkeypatch.setattr(hita, "all_sum", lambda x: 2 * x)              # as if another process had used the same codes
+    vq(torch.randn(1, 10, 4))
+    assert vq.hits.sum().item() == pytest.approx(64 * vq.MEMORY + 20)
+
+
 def test_usage_and_perplexity():
     use, perplexity = hita.usage_and_perplexity(torch.tensor([3.0, 3.0, 0.0, 0.0]))
     assert use == 0.5 and perplexity == pytest.approx(2.0)
@@ -194,14 +202,17 @@ def test_both_codebooks_reach_the_picture_and_the_loss_reaches_everything():
     assert (picture - other_globals).abs().max() > 0.01 and (picture - other_patches).abs().max() > 0.01
 
 
-def test_hita_u_features_see_globals_and_mask_tokens_only():
+def test_hita_u_mask_tokens_see_everything_and_globals_do_not_see_them():
     cfg = dataclasses.replace(TINY, vfm_recon=True, dino="some-vit", dino_dim=8)
     fusion = hita.Fusion(cfg).eval()
-    globals_ = torch.randn(1, 6, 16, requires_grad=True)
+    globals_, inside = torch.randn(1, 6, 16, requires_grad=True), []
+    fusion.layers[0].register_forward_hook(lambda module, args, out: inside.append(out))
     features = fusion.reconstruct_features(globals_)
     assert features.shape == (1, 256, 8)
-    grad, = torch.autograd.grad(features[0, 0].sum(), globals_)
-    assert (grad.abs().sum(-1) > 0).all()                              # a mask token sees every global token
+    grads = torch.autograd.grad(features[0, 0].sum(), (globals_, fusion.positions), retain_graph=True)
+    assert all((grad.abs().sum(-1) > 0).all() for grad in grads)       # the first mask token sees all globals, all mask tokens
+    grads = torch.autograd.grad(inside[0][0, 2].sum(), (globals_, fusion.positions), allow_unused=True)
+    assert (grads[0].abs().sum(-1) > 0)[0].tolist() == [True] * 3 + [False] * 3 and grads[1].abs().sum() == 0
 
 
 # tokenizer -----------------------------------------------------------------------------------------------------------
@@ -369,6 +380,11 @@ def test_guidance_of_one_is_the_identity_and_guidance_reaches_the_logits():
     unconditional = draw(0.0)                                          # scale 0 forgets the class
     llama.class_embedding.weight.data[:5] += 1
     assert torch.equal(unconditional, draw(0.0))
+    seen = []
+    llama.patch_head.register_forward_hook(lambda module, args, out: seen.append(out[:, -1] if out.dim() == 3 else out))
+    _, patch_ids = llama.generate(class_ids, 3.0, top_k=1)
+    cond, uncond = torch.stack(seen, dim=1).chunk(2)                   # (B, N, V) each
+    assert torch.equal(patch_ids, (3 * cond - 2 * uncond).argmax(-1))
 
 
 def test_sampling_is_repeatable_and_stays_in_range():
