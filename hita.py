@@ -25,16 +25,17 @@ Images are float tensors (B, 3, H, W) in [-1, 1]; token ids are int64.
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import difflib
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,7 +180,7 @@ LLAMA_SIZES = {  # the paper's names; in brackets its nominal size and the true 
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """32 groups, fewer for the thin nets of small presets."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -297,6 +298,7 @@ class DINOv2(nn.Module):
     def __init__(self, name: str = TokenizerConfig.dino, file: str | None = None, pretrained: bool = True):
         super().__init__()
         import timm  # slow to import, and decoding does without it
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its many retries without a network
         check(file is None or os.path.isfile(file), f"there is no DINOv2 weights file {file}")
         try:
             overlay = dict(pretrained_cfg_overlay=dict(state_dict=read_tensors(file))) if file else {}
@@ -457,7 +459,7 @@ class VectorQuantizer(nn.Module):
             codebook = F.normalize(self.codebook.float(), dim=-1)                   # (V, C)
             ids = (z @ codebook.T).argmax(dim=-1)                                   # (B, T); nearest = largest cosine
             if self.revive and self.training:
-                self.hits += all_sum(torch.bincount(ids.flatten(), minlength=len(self.hits)).float())
+                self.hits += all_sum(count_ids(ids, len(self.hits)))
             codes = codebook[ids]                                                   # (B, T, C)
             loss = F.mse_loss(codes, z.detach()) + self.beta * F.mse_loss(codes.detach(), z)
             return z + (codes - z).detach(), ids, loss
@@ -481,9 +483,16 @@ class VectorQuantizer(nn.Module):
         self.hits.masked_fill_(dead, 1.0)
 
 
+def count_ids(ids: Tensor, size: int) -> Tensor:
+    """How often each of the ids 0 .. size-1 occurs in a tensor of any shape -> (size,); unlike bincount without a host sync."""
+    ids = ids.flatten()
+    return torch.zeros(size, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
+
+
 def usage_and_perplexity(hits: Tensor) -> tuple[float, float]:
     """How often each code was used (V,) -> share of the codes in use, and exp(entropy) of their distribution."""
-    p = hits.double() / hits.sum().clamp(min=1)
+    hits = hits.cpu().double()  # on the CPU because MPS has no float64
+    p = hits / hits.sum().clamp(min=1)
     return (hits > 0).double().mean().item(), torch.special.entr(p).sum().exp().item()
 
 
@@ -544,10 +553,10 @@ class Fusion(nn.Module):
 
 @dataclass
 class TokenizerOutput:
-    """What the training forward returns: recon (B, 3, H, W), two differentiable scalars, and the ids."""
+    """What the training forward returns: recon (B, 3, H, W), differentiable scalars, and the ids."""
     recon: Tensor
     codebook_loss: Tensor     # codebook + commitment term, both codebooks
-    feature_loss: Tensor      # Hita-U: 1 - cosine to the DINOv2 features; else 0
+    feature_loss: Tensor | None  # Hita-U while training: 1 - cosine to the DINOv2 features
     global_ids: Tensor        # (B, M)
     patch_ids: Tensor         # (B, N)
 
@@ -636,7 +645,7 @@ class HitaTokenizer(nn.Module):
         dino_tokens = self.dino_tokens(images)
         global_z, patch_z = self.embed(images, dino_tokens)
         patch_codes, patch_ids, codebook_loss = self.patch_quantizer(patch_z)
-        global_codes, global_ids, feature_loss = None, patch_ids.new_empty(len(images), 0), codebook_loss.new_zeros(())
+        global_codes, global_ids, feature_loss = None, patch_ids.new_empty(len(images), 0), None
         if self.cfg.num_global:
             global_codes, global_ids, global_loss = self.global_quantizer(global_z)
             codebook_loss = codebook_loss + global_loss
@@ -695,7 +704,10 @@ class PerceptualLoss(nn.Module):
     def __init__(self, pretrained: bool = True):
         super().__init__()
         import lpips  # slow to import, and needed for training only
+        # the package takes the root of a sum of squares that can be 0, where its gradient is not a number
+        lpips.normalize_tensor = lambda x: x * torch.rsqrt(x.square().sum(dim=1, keepdim=True) + 1e-20)
         try:
+            warnings.filterwarnings("ignore", module="torchvision")  # lpips calls it in an old way
             self.lpips = lpips.LPIPS(net="vgg", pnet_rand=not pretrained, verbose=False)
         except Exception as e:  # torchvision's download raises many kinds; the remedy is the same
             raise HitaError(f"LPIPS: cannot load the VGG-16 weights ({short(e)}); download "
@@ -768,9 +780,11 @@ class LlamaBlock(nn.Module):
         self.norm2, self.w1, self.w3 = RMSNorm(dim), nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x: Tensor, position: tuple[Tensor, Tensor, Tensor], cache: Tensor | None = None, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor, position: tuple[Tensor, Tensor, Tensor], cache: Tensor | None = None,
+                start: int = 0) -> Tensor:
         """position: shift (T, dim), cos, sin (T, d/2) of the T inputs, which stand at start, start + 1, ... in the sequence.
-        cache (2, B, heads, M + N, d): keys and values of the inputs before; those of x are added to it."""
+        cache (2, B, heads, M + N, d): keys and values of the inputs before; those of x are added to it. With inputs before
+        it, x must be a single one (T = 1)."""
         shift, cos, sin = position
         T = x.shape[1]
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
@@ -828,7 +842,7 @@ class Llama(nn.Module):
             x = block(x, position, caches[i] if caches else None, start)
         return self.norm(x)
 
-    def forward(self, class_ids: Tensor, global_ids: Tensor, patch_ids: Tensor) -> tuple[Tensor | None, Tensor]:
+    def forward(self, class_ids: Tensor, global_ids: Tensor, patch_ids: Tensor) -> tuple[Tensor, Tensor]:
         """class ids (B,), global ids (B, M), patch ids (B, N) -> logits (B, M, V) and (B, N, V) in float32.
 
         In training mode class labels are dropped with probability class_dropout. With M = 0 the global logits are empty.
@@ -911,8 +925,10 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
 def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor, patch_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy in nats of global and of patch tokens; their sum is trained, so that a global token of the released
     model weighs N / M = 3.4 times a patch token. The global loss is 0 where there are no global tokens."""
-    global_loss = F.cross_entropy(global_logits.flatten(0, 1), global_ids.flatten()) if global_ids.numel() else patch_logits.new_zeros(())
-    return global_loss, F.cross_entropy(patch_logits.flatten(0, 1), patch_ids.flatten())
+    patch_loss = F.cross_entropy(patch_logits.flatten(0, 1), patch_ids.flatten())
+    if global_ids.shape[1] == 0:
+        return torch.zeros_like(patch_loss), patch_loss
+    return F.cross_entropy(global_logits.flatten(0, 1), global_ids.flatten()), patch_loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -997,6 +1013,14 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path)
     model.load_state_dict(weights)
 
 
+def saved_config(cls: type, data: dict, path: str | Path):
+    """The configuration in a checkpoint of ours. Raises HitaError if it is not one that this version knows."""
+    try:
+        return cls(**data["config"])
+    except (KeyError, TypeError) as e:
+        raise HitaError(f"{path} has a configuration that this version of hita.py cannot read ({short(e)})") from e
+
+
 def load_tokenizer(path: str | Path, dino: str | None = None) -> HitaTokenizer:
     """The EMA weights of a tokenizer checkpoint, ours or a released one, in eval mode on the CPU.
 
@@ -1010,7 +1034,7 @@ def load_tokenizer(path: str | Path, dino: str | None = None) -> HitaTokenizer:
         tokenizer = HitaTokenizer(TOKENIZERS["hita-u" if ultra else "hita-v"])
         weights = from_released(tokenizer, RELEASED_TOKENIZER, weights)
     else:
-        tokenizer = HitaTokenizer(TokenizerConfig(**data["config"]))
+        tokenizer = HitaTokenizer(saved_config(TokenizerConfig, data, path))
     load_weights(tokenizer, weights, path)
     if dino is not None:
         attach_dino(tokenizer, dino)
@@ -1039,7 +1063,7 @@ def load_llama(path: str | Path) -> Llama:
         llama = Llama(LlamaConfig(**size[0]))
         weights = from_released(llama, RELEASED_LLAMA, weights)
     else:
-        llama = Llama(LlamaConfig(**data["config"]))
+        llama = Llama(saved_config(LlamaConfig, data, path))
     load_weights(llama, weights, path)
     return llama.eval()
 
@@ -1075,12 +1099,15 @@ def fingerprint(*parts) -> str:
 
 def short(error: BaseException) -> str:
     """The first line of an error, for a one-line message."""
+    if "weights_only" in str(error):  # torch would have the reader load the file unsafely
+        return "it holds other things than tensors and plain values"
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def bar(items, title: str, show: bool = True, scale: int = 1) -> tqdm:
     """A progress bar over items that count `scale` each; few lines where the output is a file."""
-    return tqdm(items, title, disable=not show, unit_scale=scale, leave=False, mininterval=0.1 if sys.stderr.isatty() else 30)
+    return tqdm(items, title, disable=not show, unit_scale=scale if scale > 1 else False, leave=False,
+                mininterval=0.1 if sys.stderr.isatty() else 30)
 
 
 def run(main) -> None:
@@ -1088,7 +1115,7 @@ def run(main) -> None:
     try:
         main()
     except HitaError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
+        print(f"error: {str(e).splitlines()[-1]}", file=sys.stderr, flush=True)  # a data loader's worker adds its traceback
         os._exit(2) if dist.is_initialized() else sys.exit(2)  # a rank that waits for the others must not hang here
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -1139,6 +1166,7 @@ def barrier() -> None:
 
 def start(device: str | None, seed: int) -> torch.device:
     """Join the process group that torchrun announces, choose the device, seed the random numbers."""
+    check(0 <= seed < 2 ** 32, f"seed is {seed}, it must lie between 0 and {2 ** 32 - 1}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -1153,7 +1181,7 @@ def start(device: str | None, seed: int) -> torch.device:
             torch.cuda.set_device(chosen)
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     if chosen.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True  # for convolutions only: the quantizer's matmul must stay exact
     torch.manual_seed(seed + rank())
     return chosen
 
@@ -1162,7 +1190,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and whose flags can come from dataclasses."""
 
     def __init__(self, description: str, **kwargs):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str):
         flags = [flag for action in self._actions for flag in action.option_strings]
@@ -1185,7 +1214,8 @@ class Parser(argparse.ArgumentParser):
             if f.name in skip:
                 continue
             value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-            text = f"{f.metadata['help']} [{','.join(map(str, value)) if isinstance(value, tuple) else value}]".replace("%", "%%")
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            text = f"{f.metadata['help']} [{shown}]".replace("%", "%%")
             if isinstance(value, bool):
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
             else:
@@ -1246,20 +1276,30 @@ def fit(image: Image.Image, size: int, rng: np.random.Generator | None = None, c
     return np.asarray(image.crop((x, y, x + size, y + size)))
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """Any picture as RGB, transparent parts white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 class ImageFolder(torch.utils.data.Dataset):
     """DIR/<split>/<class>/<picture>. Items are (image (3, size, size) in [-1, 1], class index).
 
     An item is asked for by (variant, index). augment=True draws crop and flip from (seed, variant, index), so that every
     epoch is a variant and a picture's augmentation depends on nothing else. augment=False: variant 0 is the centre crop,
     1 its mirror image, and further ones are augmented.
-    A picture that cannot be read is named once and replaced by the next. Raises HitaError if there are no pictures.
+    A picture that cannot be read is named once (in each loader process) and replaced by the next. Raises HitaError if there are no pictures.
     """
 
     def __init__(self, root: str | Path, split: str, size: int, augment: bool = False, crop_range: float = 1.0, seed: int = 0):
         self.folder, self.size, self.augment, self.crop_range, self.seed = Path(root) / split, size, augment, crop_range, seed
-        check(Path(root).is_dir(), f"there is no data folder {root}; it must hold {split}/<class>/<pictures>")
-        check(self.folder.is_dir(), f"{root} has no folder {split}; pictures belong in {split}/<class>/")
-        self.classes = sorted(d.name for d in self.folder.iterdir() if d.is_dir())
+        for folder in (Path(root), Path(root) / "train", self.folder):
+            check(folder.is_dir(), f"there is no data folder {folder}; pictures belong in {Path(root) / 'train'}/<class>/")
+        self.classes = sorted(d.name for d in (Path(root) / "train").iterdir() if d.is_dir())
+        unknown = {d.name for d in self.folder.iterdir() if d.is_dir()} - set(self.classes)
+        check(not unknown, f"{self.folder} has the class {min(unknown, default='')}, which the folder train has not")
         self.files = [(path, label) for label, name in enumerate(self.classes)
                       for path in sorted((self.folder / name).rglob("*")) if path.suffix.lower() in IMAGE_TYPES]
         check(len(self.files) > 0, f"{self.folder} has no pictures in <class> folders ({', '.join(sorted(IMAGE_TYPES))})")
@@ -1274,9 +1314,9 @@ class ImageFolder(torch.utils.data.Dataset):
             path, label = self.files[index % len(self.files)]
             try:
                 with Image.open(path) as image:
-                    image = image.convert("RGB")
+                    image = on_white(image)
                 break
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            except Exception as e:  # decoders of damaged files raise nearly everything
                 if path not in self.bad:
                     self.bad.add(path)
                     print(f"skipped {path}, {len(self.bad)} so far: cannot be read ({short(e)})", file=sys.stderr, flush=True)
@@ -1289,10 +1329,20 @@ class ImageFolder(torch.utils.data.Dataset):
             pixels = pixels[:, ::-1]
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1, label
 
-    def signature(self) -> list:
-        """What a cache made from these pictures depends on: their names, sizes and times, and the preparation."""
-        stats = [(str(path.relative_to(self.folder)), (s := path.stat()).st_size, s.st_mtime_ns) for path, _ in self.files]
-        return [stats, self.size, self.augment, self.crop_range, self.seed]
+    def signature(self, variants: int) -> list:
+        """What a cache made from these pictures depends on: classes, names, sizes and times of the files, preparation."""
+        stats = [(str(path.relative_to(self.folder)), (s := path.lstat()).st_size, s.st_mtime_ns) for path, _ in self.files]
+        random = [self.crop_range, self.seed] if self.augment or variants > 2 else []
+        return [self.classes, stats, self.size, variants, random]
+
+
+def validation_data(root: str | Path, size: int) -> ImageFolder:
+    """DIR/val, or where there is none about a thousand pictures spread over DIR/train."""
+    if (Path(root) / "val").is_dir():
+        return ImageFolder(root, "val", size)
+    data = ImageFolder(root, "train", size)
+    data.files = data.files[::max(1, len(data) // 1000)]
+    return data
 
 
 class Shuffled(torch.utils.data.Sampler):
@@ -1337,6 +1387,8 @@ class Log:
 
     def __init__(self, path: Path, steps: int):
         self.path, self.steps, self.sums, self.count, self.start = path, steps, {}, 0, time.time()
+        if rank() == 0:
+            path.unlink(missing_ok=True)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Metrics of one step, as scalars on the device; no host sync."""
@@ -1354,7 +1406,7 @@ class Log:
             check(math.isfinite(value), f"{name} is {value} before step {step}: the run has diverged; try a lower --lr")
         speed = self.count / (time.time() - self.start)                                     # steps per second
         self.line(step, metrics | extra | {"images/s": speed * images, "eta_min": (self.steps - step) / speed / 60})
-        self.sums, self.count, self.start = {}, 0, time.time()
+        self.sums, self.count = {}, 0
 
     def line(self, step: int, metrics: dict[str, float]) -> None:
         """Print and append one line of figures."""
@@ -1363,9 +1415,17 @@ class Log:
             print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}", flush=True)
             with open(self.path, "a") as f:
                 f.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.start = time.time()  # what came between the steps does not count as training
+
+
+def spread(num_classes: int, count: int = 12) -> list[int]:
+    """Up to `count` class indices, spread over all."""
+    count = min(count, num_classes)
+    return [i * num_classes // count for i in range(count)]
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
     """Pictures (B, 3, H, W) in [-1, 1], about, as one PNG with so many columns."""
-    grid = make_grid(images.float().clamp(-1, 1).cpu(), nrow=columns, padding=2, pad_value=1.0, value_range=(-1, 1), normalize=True)
+    images = images.float().clamp(-1, 1).cpu()
+    grid = make_grid(images, nrow=columns, padding=2, pad_value=1.0, value_range=(-1, 1), normalize=True)
     TF.to_pil_image(grid).save(path)

@@ -15,7 +15,7 @@ import torch
 
 import hita
 
-CHUNK = 64  # pictures made at once, so that memory does not grow with --num
+CHUNK = 64  # pictures made at once, so that the memory of the models does not grow with --num
 
 
 def parse_args():
@@ -40,13 +40,14 @@ def parse_args():
 def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
     """Class names or indices as typed -> indices. Raises HitaError for one that the model does not have."""
     if asked is None:
-        return [i * len(names) // 12 for i in range(12)] if len(names) > 12 else list(range(len(names)))
+        return hita.spread(len(names))
     indices = []
     for word in asked:
         if word in names:
             indices.append(names.index(word))
-        elif word.lstrip("-").isdigit():
-            hita.check(0 <= int(word) < len(names), f"class {word} is out of range, this model has classes 0 to {len(names) - 1}")
+        elif word.lstrip("-").isdecimal():
+            hita.check(0 <= int(word) < len(names),
+                       f"class {word} is out of range, this model has classes 0 to {len(names) - 1}")
             indices.append(int(word))
         else:
             near = difflib.get_close_matches(word, names, n=3, cutoff=0.4) or names[:3]
@@ -56,12 +57,13 @@ def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
 
 def load(args) -> tuple[hita.HitaTokenizer, hita.Llama, list[str]]:
     """-> tokenizer, Llama, class names. Raises HitaError if the two do not belong together."""
-    paths = [Path(given or Path(args.out) / name) for given, name in ((args.tokenizer, "tokenizer.pt"), (args.llama, "llama.pt"))]
-    data = hita.read_checkpoint(paths[1], "llama")
-    tokenizer, llama = hita.load_tokenizer(paths[0]), hita.load_llama(paths[1])
+    tokenizer_path = Path(args.tokenizer or Path(args.out) / "tokenizer.pt")
+    llama_path = Path(args.llama or Path(args.out) / "llama.pt")
+    tokenizer, llama = hita.load_tokenizer(tokenizer_path), hita.load_llama(llama_path)
+    data = hita.read_checkpoint(llama_path, "llama")
     hita.check(data.get("tokenizer") in (None, hita.fingerprint(tokenizer)),
-               f"{paths[1]} was trained on another tokenizer than {paths[0]}; train it again with `python train_ar.py`")
-    print(f"using {paths[0]} and {paths[1]} ({data.get('step', 'unknown number of')} steps)", flush=True)
+               f"{llama_path} was trained on another tokenizer than {tokenizer_path}; train it again with `python train_ar.py`")
+    print(f"using {tokenizer_path} and {llama_path} ({data.get('step', 'unknown number of')} steps)", flush=True)
     return tokenizer, llama, data.get("classes") or [str(i) for i in range(llama.cfg.num_classes)]
 
 
@@ -74,13 +76,15 @@ def write_pictures(images: torch.Tensor, labels: list[str], image: Path, columns
             image.with_suffix("").mkdir(exist_ok=True)
             for i, (picture, label) in enumerate(zip(images, labels)):
                 hita.save_grid(picture[None], image.with_suffix("") / f"{label}-{i:04d}.png", 1)
-    except (OSError, ValueError) as e:  # PIL raises ValueError for an unknown ending
+    except OSError as e:
         raise hita.HitaError(f"cannot write {image} ({hita.short(e)}); choose another place with --image x.png") from e
 
 
 def main():
     args = parse_args()
     hita.check(args.num >= 1, f"--num is {args.num}, it must be at least 1")
+    image = Path(args.image or Path(args.out) / "samples.png")
+    hita.check(image.suffix.lower() in hita.IMAGE_TYPES, f"--image is {image}, its ending must be that of a picture, as .png")
     device = hita.start(args.device, args.seed)
     tokenizer, llama, names = load(args)
     tokenizer, llama = tokenizer.to(device), llama.to(device)
@@ -90,10 +94,10 @@ def main():
     start, images = time.time(), []
     chunks = class_ids.split(CHUNK)
     for chunk in hita.bar(chunks, "pictures", len(chunks) > 1, CHUNK):
-        ids = llama.generate(chunk, args.cfg_scale, args.temperature, args.top_k, args.top_p, generator, progress=len(chunks) == 1)
+        ids = llama.generate(chunk, args.cfg_scale, args.temperature, args.top_k, args.top_p, generator,
+                             progress=len(chunks) == 1)
         images.append(tokenizer.decode(*ids).clamp(-1, 1).cpu())
     seconds = time.time() - start
-    image = Path(args.image or Path(args.out) / "samples.png")
     write_pictures(torch.cat(images), [names[i] for i in class_ids], image, args.num, args.single)
     print(f"{len(class_ids)} pictures of {', '.join(names[i] for i in chosen)} in {seconds:.1f} s "
           f"({len(class_ids) / seconds:.2f} images/s): {image}")

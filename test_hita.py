@@ -497,6 +497,7 @@ def test_unfit_checkpoints_are_refused_with_a_reason(tmp_path):
     refused(b"", "not a checkpoint")
     refused((tmp_path / "llama.pt").read_bytes()[:1000], "not a checkpoint")
     refused({"some": 1}, "no model weights")
+    refused({**good, "config": {"colour": "red"}}, "colour")
     refused({**good, "ema": {k: v for k, v in good["ema"].items() if k != "norm.weight"}}, "lacks tensor norm.weight")
     refused({**good, "ema": {**good["ema"], "extra": torch.zeros(1)}}, "unexpected tensor extra")
     refused({**good, "ema": {**good["ema"], "norm.weight": torch.zeros(3)}}, r"norm.weight has shape \(3,\)")
@@ -577,6 +578,11 @@ def test_centre_crop_and_random_crop_sizes():
     assert hita.fit(Image.new("RGB", (1, 500)), 16).shape == (16, 16, 3)
 
 
+def test_transparent_pictures_get_a_white_ground():
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert hita.on_white(image).getpixel((0, 0)) == (255, 255, 255) and hita.on_white(Image.new("L", (4, 4))).mode == "RGB"
+
+
 def test_unreadable_pictures_are_named_and_skipped(tmp_path, capsys):
     root = picture_folder(tmp_path)
     (root / "train/class0/0.png").write_bytes(b"not a picture")
@@ -593,6 +599,17 @@ def test_data_folders_without_pictures_are_refused(tmp_path):
     (tmp_path / "train" / "cat").mkdir(parents=True)
     with pytest.raises(hita.HitaError, match="no pictures"):
         hita.ImageFolder(tmp_path, "train", 16)
+
+
+def test_validation_data(tmp_path):
+    root = picture_folder(tmp_path)
+    (root / "val/class0").rename(tmp_path / "away")                    # labels are those of train all the same
+    assert {label for _, label in hita.validation_data(root, 16).files} == {1, 2, 3, 4}
+    (root / "val/other").mkdir()
+    with pytest.raises(hita.HitaError, match="class other"):
+        hita.validation_data(root, 16)
+    (root / "val").rename(tmp_path / "away2")
+    assert hita.validation_data(root, 16).files == hita.ImageFolder(root, "train", 16).files
 
 
 def test_batches_go_through_every_epoch_once_and_can_start_anywhere():
@@ -654,7 +671,7 @@ def script(*args: str, processes: int = 1) -> subprocess.CompletedProcess:
 
 SMALL = ["--image-size", 24, "--channels", 8, "--channel-mult", "1,1,2", "--latent-dim", 16, "--layers", 1, "--num-global", 6,
          "--codebook-size", 32, "--k", 2, "--steps", 4, "--batch-size", 4, "--log-every", 2, "--eval-every", 4, "--gan-start", 4]
-SMALL_AR = ["--dim", 24, "--layers", 1, "--heads", 2, "--steps", 4, "--batch-size", 4, "--log-every", 2, "--eval-every", 2]
+SMALL_AR = ["--class-dropout", 0, "--dim", 24, "--layers", 1, "--heads", 2, "--steps", 4, "--batch-size", 4, "--log-every", 2, "--eval-every", 2]
 
 
 def figures(path: Path) -> list[dict]:
@@ -674,6 +691,9 @@ def test_the_three_scripts_one_after_another_and_two_processes_equal_one(tmp_pat
     assert {"loss", "rec", "codebook", "adv", "disc", "D(real)", "D(fake)", "grad", "global_use", "global_ppl", "patch_use",
             "patch_ppl", "images/s", "eta_min"} <= set(runs[1][0][1])
     assert runs[1][0][2]["step"] == 4 and "psnr" in runs[1][0][2] and {"val_global", "val_patch"} <= set(runs[1][1][-1])
+    for name in ("global", "patch", "val_patch"):
+        one, two = ([f[name] for f in runs[n][1] if name in f] for n in (1, 2))
+        assert one == pytest.approx(two, rel=1e-5), name
     for name in ("rec", "codebook"):  # up to the step at which the discriminator comes in, whose batch norm is per process
         one, two = ([f[name] for f in runs[n][0] if name in f] for n in (1, 2))
         assert one == pytest.approx(two, rel=1e-5), name
@@ -685,18 +705,24 @@ def test_the_three_scripts_one_after_another_and_two_processes_equal_one(tmp_pat
     assert Image.open(out / "samples.png").size == (3 * 26 + 2, 2 * 26 + 2) and len(list((out / "samples").iterdir())) == 6
 
 
+def no_network(*args, **kwargs):
+    raise OSError("no network")
+
+
 @pytest.mark.parametrize("command, message", [
     ("train_tokenizer.py --preset hita-w", "hita-w"), ("train_tokenizer.py --codebok-size 5", "--codebook-size"),
     ("train_tokenizer.py --k 99", "num_global"), ("train_tokenizer.py --k x", "x"), ("train_tokenizer.py --steps 0", "steps"),
     ("train_tokenizer.py --image-size 60", "multiple"), ("train_tokenizer.py --data nowhere", "nowhere"),
     ("train_tokenizer.py --device warp9", "warp9"), ("train_tokenizer.py --lpips-weight 1", "vgg16"),
-    ("train_ar.py --out nowhere-to-be-found", "train_tokenizer.py"), ("train_ar.py --heads 5", "heads"),
-    ("sample.py --out nowhere-to-be-found", "train_"), ("sample.py --num 0", "--num"), ("sample.py --temperature x", "x")])
+    ("train_ar.py", "train_tokenizer.py"), ("train_ar.py --heads 5", "heads"), ("train_ar.py --seed -1", "seed"),
+    ("sample.py", "train_tokenizer.py"), ("sample.py --num 0", "--num"), ("sample.py --temperature x", "x"),
+    ("sample.py --image x.abc", "x.abc")])
 def test_bad_requests_get_one_line_and_status_2(command, message, tmp_path, monkeypatch):
     name, *args = command.split()
-    monkeypatch.setattr(sys, "argv", [name, *args] + ["--out", str(tmp_path / "out")] * ("--out" not in args))
+    monkeypatch.setattr(sys, "argv", [name, *args, "--out", str(tmp_path / "out")])
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     main = {"train_tokenizer.py": train_tokenizer, "train_ar.py": train_ar, "sample.py": sample}[name].main
     with pytest.raises(SystemExit) as exit:
         hita.run(main)

@@ -2,7 +2,7 @@
 
     python train_ar.py                              the demo, on the tokenizer that train_tokenizer.py left in out/
     torchrun --nproc_per_node 8 train_ar.py --preset B --tokenizer hita-tok.pt --data imagenet      size B on ImageNet
-    python train_ar.py --steps 6000 --out out-long  the demo, longer
+    python train_ar.py --steps 5000 --out out-long  the demo, longer
 
 The pictures are encoded once, into tokens-train.npy in the run directory: memory-mapped rows of [class, M global ids,
 N patch ids], the plain centre crop and its mirror image, and more augmented copies with --copies. The Llama trains on ids
@@ -11,7 +11,6 @@ alone. The run directory gets llama.pt, llama.jsonl (one line of figures per log
 
 import copy
 import dataclasses
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -62,7 +61,7 @@ RECIPES = {size: Training() for size in hita.LLAMA_SIZES if size != "emoji"} | {
 
 
 def parse_args():
-    """Command line -> (arguments, Llama configuration but for what the tokenizer decides, recipe). The preset gives the defaults of all other flags."""
+    """Command line -> (arguments, Llama configuration but for what the tokenizer decides, recipe)."""
     parser = hita.Parser(__doc__)
     preset = parser.add_choice("--preset", list(RECIPES), "emoji", "size of the Llama and recipe to start from")
     parser.add_argument("--data", help="folder with train/<class>/<pictures> and val/... [the embedded emoji pictures]")
@@ -84,9 +83,10 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.ImageFolde
     rows, cfg = copies * len(data), tokenizer.cfg
     width = 1 + cfg.num_global + cfg.grid ** 2
     small = max(cfg.codebook_size, len(data.classes)) <= 65536
-    meta = {"signature": hita.fingerprint(tokenizer, data.signature(), copies), "rows": rows, "width": width}
-    note = path.with_suffix(".json")  # written last: without it, or with another signature, the ids are made anew
-    known = note.is_file() and path.is_file() and json.loads(note.read_text()) == meta
+    models = [tokenizer] if tokenizer.dino is None else [tokenizer, tokenizer.dino]
+    signature = hita.fingerprint(*models, data.signature(copies))
+    note = path.with_suffix(".txt")  # written last: without it, or with another signature, the ids are made anew
+    known = note.is_file() and path.is_file() and note.read_text() == signature
     hita.barrier()
     if not known:
         temporary = path.with_suffix(".tmp")
@@ -106,7 +106,7 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.ImageFolde
         hita.barrier()
         if hita.rank() == 0:
             os.replace(temporary, path)
-            note.write_text(json.dumps(meta))
+            note.write_text(signature)
         hita.barrier()
     return np.load(path, mmap_mode="r")
 
@@ -116,7 +116,9 @@ def report_usage(tokens: np.memmap, cfg: hita.TokenizerConfig) -> None:
     M = cfg.num_global
     for name, ids in (("global", tokens[:, 1:1 + M]), ("patch", tokens[:, 1 + M:])):
         if ids.size:
-            use, perplexity = hita.usage_and_perplexity(torch.from_numpy(np.bincount(ids.ravel(), minlength=cfg.codebook_size)))
+            hits = sum(hita.count_ids(torch.from_numpy(ids[i:i + 4096].astype(np.int64)), cfg.codebook_size)
+                       for i in range(0, len(ids), 4096))
+            use, perplexity = hita.usage_and_perplexity(hits)
             print(f"training set: {name} codebook {use:.1%} in use, perplexity {perplexity:.0f} of {cfg.codebook_size}")
 
 
@@ -144,28 +146,28 @@ def evaluate(ema: hita.Llama, tokens: np.memmap, device: torch.device) -> dict[s
         losses = hita.llama_losses(*ema(class_ids, global_ids, patch_ids), global_ids, patch_ids)
         total += len(class_ids) * torch.stack([*losses, torch.ones_like(losses[0])])
     total = hita.all_sum(total)
-    return {"val_global": (total[0] / total[2]).item(), "val_patch": (total[1] / total[2]).item(),
-            "ln_V": math.log(ema.cfg.codebook_size)}
+    global_loss, patch_loss = (total[:2] / total[2]).tolist()
+    both = {"val_global": global_loss} if ema.cfg.num_global else {}
+    return both | {"val_patch": patch_loss, "ln_V": math.log(ema.cfg.codebook_size)}
 
 
 def sample_grid(ema: hita.Llama, tokenizer: hita.HitaTokenizer, recipe: Training, device: torch.device, path: Path) -> None:
-    """Twelve classes, spread over all, six samples each, one class a row pair; always the same seed."""
-    classes = torch.arange(12, device=device) * ema.cfg.num_classes // 12
+    """Six samples of each of up to twelve classes, spread over all, two classes a row; always the same seed."""
+    class_ids = torch.tensor(hita.spread(ema.cfg.num_classes), device=device).repeat_interleave(6)
     generator = torch.Generator(device).manual_seed(recipe.seed)
-    ids = ema.generate(classes.repeat_interleave(6), recipe.sample_cfg, generator=generator)
-    hita.save_grid(tokenizer.decode(*ids), path, columns=12)
+    images = [tokenizer.decode(*ema.generate(ids, recipe.sample_cfg, generator=generator)).cpu() for ids in class_ids.split(12)]
+    hita.save_grid(torch.cat(images), path, columns=12)
 
 
 def main():
     args, llama_cfg, recipe = parse_args()
     device = hita.start(args.device, recipe.seed)
+    tokenizer = hita.load_tokenizer(args.tokenizer or Path(args.out) / "tokenizer.pt").to(device)
     out = hita.run_directory(args.out)
-    tokenizer = hita.load_tokenizer(args.tokenizer or out / "tokenizer.pt").to(device)
     hita.attach_dino(tokenizer, args.dino_file)
     root, cfg = args.data or hita.embedded_data(), tokenizer.cfg
     train = hita.ImageFolder(root, "train", cfg.image_size, False, recipe.crop_range, recipe.seed)
-    has_val = (Path(root) / "val").is_dir()
-    val = hita.ImageFolder(root, "val" if has_val else "train", cfg.image_size)
+    val = hita.validation_data(root, cfg.image_size)
     tokens = token_cache(out / "tokens-train.npy", tokenizer, train, recipe.copies, device, recipe)
     val_tokens = token_cache(out / "tokens-val.npy", tokenizer, val, 1, device, recipe)
 
@@ -173,7 +175,7 @@ def main():
     llama = hita.Llama(dataclasses.replace(llama_cfg, num_classes=len(train.classes), num_global=cfg.num_global, grid=cfg.grid,
                                            codebook_size=cfg.codebook_size)).to(device)
     ema = copy.deepcopy(llama).eval().requires_grad_(False)
-    model = DDP(llama) if hita.world() > 1 else llama
+    model = DDP(llama, broadcast_buffers=False) if hita.world() > 1 else llama
     optimizer = make_optimizer(llama, recipe)
     torch.manual_seed(recipe.seed + hita.rank())  # dropout differs between the processes
     if hita.rank() == 0:
@@ -196,11 +198,12 @@ def main():
         grad_norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), recipe.clip)
         optimizer.step()
         hita.update_ema(ema, llama, recipe.ema)
-        log.add({"global": global_loss, "patch": patch_loss, "grad": grad_norm})
-        if step % recipe.log_every == 0 or step == recipe.steps:
+        log.add(({"global": global_loss} if cfg.num_global else {}) | {"patch": patch_loss, "grad": grad_norm})
+        evaluating = step % recipe.eval_every == 0 or step == recipe.steps
+        if step % recipe.log_every == 0 or evaluating:  # before a checkpoint too: a diverged run stops here
             log.write(step, recipe.batch_size, {})
-        if step % recipe.eval_every == 0 or step == recipe.steps:
-            log.line(step, evaluate(ema, val_tokens, device))
+        if evaluating:
+            figures = evaluate(ema, val_tokens, device)
             if hita.rank() == 0:
                 sample_grid(ema, tokenizer, recipe, device, out / f"llama-{step:06d}.png")
                 hita.save_checkpoint(out / "llama.pt", {
@@ -208,6 +211,7 @@ def main():
                     "classes": train.classes, "tokenizer": hita.fingerprint(tokenizer), "step": step,
                     "model": llama.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
             hita.barrier()
+            log.line(step, figures)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python train_tokenizer.py                                    the demo: embedded emoji pictures, minutes on a laptop CPU
     torchrun --nproc_per_node 8 train_tokenizer.py --preset hita-v --data imagenet      the released model
-    python train_tokenizer.py --steps 6000 --out out-long        the demo, longer
+    python train_tokenizer.py --steps 3000 --out out-long        the demo, longer
     python train_tokenizer.py --k 0                              an ablation: globals may be ignored
 
 --data DIR holds train/<class>/<pictures> and, if there is a validation split, val/<class>/<pictures>.
@@ -91,25 +91,42 @@ def build(cfg: hita.TokenizerConfig, recipe: Training, device: torch.device, din
     return tokenizer, ema, discriminator, perceptual
 
 
+def generator_losses(images: torch.Tensor, result: hita.TokenizerOutput, recipe: Training, perceptual: hita.PerceptualLoss | None,
+                     discriminator: hita.PatchDiscriminator | None) -> dict[str, torch.Tensor]:
+    """The terms that the generator minimises, weighted; those that are switched off are left out."""
+    losses = {"rec": hita.reconstruction_loss(images, result.recon), "codebook": result.codebook_loss}
+    if result.feature_loss is not None:
+        losses["feature"] = result.feature_loss
+    if perceptual is not None:
+        losses["lpips"] = recipe.lpips_weight * perceptual(images, result.recon)
+    if discriminator is not None:
+        losses["adv"] = recipe.gan_weight * hita.adversarial_loss(discriminator(result.recon))
+    return losses
+
+
 @torch.no_grad()
-def evaluate(ema: hita.HitaTokenizer, data: hita.ImageFolder, batch_size: int, device: torch.device, picture) -> dict[str, float]:
+def evaluate(ema: hita.HitaTokenizer, data: hita.ImageFolder, device: torch.device, picture: Path) -> dict[str, float]:
     """PSNR in dB and use of both codebooks over the validation split, with the EMA weights; writes originals beside
     reconstructions to `picture`."""
-    loader = DataLoader(data, batch_size, sampler=[(0, i) for i in range(hita.rank(), len(data), hita.world())])
+    loader = DataLoader(data, 16, sampler=[(0, i) for i in range(hita.rank(), len(data), hita.world())])
     total = torch.zeros(2, device=device)                                         # sum of PSNR, number of pictures
     hits = torch.zeros(2, ema.cfg.codebook_size, device=device)                   # uses of each global and each patch code
     for images, _ in loader:
         images = images.to(device)
         out = ema(images)
         total += torch.stack([hita.psnr(images, out.recon).sum(), images.new_tensor(len(images))])
-        for h, ids in zip(hits, (out.global_ids, out.patch_ids)):
-            h += torch.bincount(ids.flatten(), minlength=len(h))
+        hits += both_counts(out, ema.cfg)
     total, hits = hita.all_sum(total), hita.all_sum(hits)
     if hita.rank() == 0:
         shown = torch.stack([data[0, i * len(data) // 24][0] for i in range(24)]).to(device)
         pairs = torch.stack([shown, ema(shown).recon], dim=1).flatten(0, 1)       # original, reconstruction, original, ...
         hita.save_grid(pairs, picture, columns=12)
     return {"psnr": (total[0] / total[1]).item()} | usage(hits)
+
+
+def both_counts(out: hita.TokenizerOutput, cfg: hita.TokenizerConfig) -> torch.Tensor:
+    """Uses of each global and each patch code (2, V)."""
+    return torch.stack([hita.count_ids(ids, cfg.codebook_size) for ids in (out.global_ids, out.patch_ids)])
 
 
 def usage(hits: torch.Tensor) -> dict[str, float]:
@@ -127,8 +144,7 @@ def main():
     out = hita.run_directory(args.out)
     root = args.data or hita.embedded_data()
     train = hita.ImageFolder(root, "train", cfg.image_size, True, recipe.crop_range, recipe.seed)
-    has_val = (Path(root) / "val").is_dir()
-    val = hita.ImageFolder(root, "val" if has_val else "train", cfg.image_size)
+    val = hita.validation_data(root, cfg.image_size)
     tokenizer, ema, discriminator, perceptual = build(cfg, recipe, device, args.dino_file)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
@@ -153,13 +169,7 @@ def main():
         discriminator.requires_grad_(False)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             result = model(images)
-            losses = {"rec": hita.reconstruction_loss(images, result.recon), "codebook": result.codebook_loss}
-            if cfg.vfm_recon:
-                losses["feature"] = result.feature_loss
-            if perceptual is not None:
-                losses["lpips"] = recipe.lpips_weight * perceptual(images, result.recon)
-            if adversarial:
-                losses["adv"] = recipe.gan_weight * hita.adversarial_loss(discriminator(result.recon))
+            losses = generator_losses(images, result, recipe, perceptual, discriminator if adversarial else None)
         loss = sum(losses.values())
         optimizer.zero_grad()
         loss.backward()
@@ -181,20 +191,20 @@ def main():
             metrics |= {"disc": loss_d, "D(real)": real.mean(), "D(fake)": fake.mean()}
 
         log.add(metrics)
-        for h, ids in zip(hits, (result.global_ids, result.patch_ids)):
-            h += torch.bincount(ids.flatten(), minlength=len(h))
-        if step % recipe.log_every == 0 or step == recipe.steps:
+        hits += both_counts(result, cfg)
+        evaluating = step % recipe.eval_every == 0 or step == recipe.steps
+        if step % recipe.log_every == 0 or evaluating:  # before a checkpoint too: a diverged run stops here
             log.write(step, recipe.batch_size, usage(hita.all_sum(hits)))
             hits.zero_()
-        if step % recipe.eval_every == 0 or step == recipe.steps:
-            figures = evaluate(ema, val, recipe.batch_size, device, out / f"tokenizer-{step:06d}.png")
-            log.line(step, figures)
+        if evaluating:
+            figures = evaluate(ema, val, device, out / f"tokenizer-{step:06d}.png")
             if hita.rank() == 0:
                 hita.save_checkpoint(out / "tokenizer.pt", {
                     "kind": "tokenizer", "config": dataclasses.asdict(cfg), "recipe": dataclasses.asdict(recipe), "step": step,
                     "model": tokenizer.state_dict(), "ema": ema.state_dict(), "discriminator": discriminator.state_dict(),
                     "optimizer": optimizer.state_dict(), "optimizer_d": optimizer_d.state_dict()})
             hita.barrier()
+            log.line(step, figures)
 
 
 if __name__ == "__main__":
