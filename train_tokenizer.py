@@ -91,7 +91,8 @@ def build(cfg: hita.TokenizerConfig, recipe: Training, device: torch.device, din
     return tokenizer, ema, discriminator, perceptual
 
 
-def generator_losses(images: torch.Tensor, result: hita.TokenizerOutput, recipe: Training, perceptual: hita.PerceptualLoss | None,
+def generator_losses(images: torch.Tensor, result: hita.TokenizerOutput, recipe: Training,
+                     perceptual: hita.PerceptualLoss | None,
                      discriminator: hita.PatchDiscriminator | None) -> dict[str, torch.Tensor]:
     """The terms that the generator minimises, weighted; those that are switched off are left out."""
     losses = {"rec": hita.reconstruction_loss(images, result.recon), "codebook": result.codebook_loss}
@@ -102,6 +103,19 @@ def generator_losses(images: torch.Tensor, result: hita.TokenizerOutput, recipe:
     if discriminator is not None:
         losses["adv"] = recipe.gan_weight * hita.adversarial_loss(discriminator(result.recon))
     return losses
+
+
+def discriminator_step(images: torch.Tensor, recon: torch.Tensor, judge: torch.nn.Module, optimizer: torch.optim.Optimizer,
+                       recipe: Training) -> dict[str, torch.Tensor]:
+    """One optimizer step of the discriminator -> its loss and mean logits."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
+        real, fake = judge(images), judge(recon)          # two passes: each has batch statistics of its own
+        loss = hita.discriminator_loss(real, fake)
+    optimizer.zero_grad()
+    (recipe.gan_weight * loss).backward()
+    torch.nn.utils.clip_grad_norm_(judge.parameters(), recipe.clip)
+    optimizer.step()
+    return {"disc": loss, "D(real)": real.mean(), "D(fake)": fake.mean()}
 
 
 @torch.no_grad()
@@ -141,11 +155,11 @@ def usage(hits: torch.Tensor) -> dict[str, float]:
 def main():
     args, cfg, recipe = parse_args()
     device = hita.start(args.device, recipe.seed)
-    out = hita.run_directory(args.out)
     root = args.data or hita.embedded_data()
     train = hita.ImageFolder(root, "train", cfg.image_size, True, recipe.crop_range, recipe.seed)
     val = hita.validation_data(root, cfg.image_size)
     tokenizer, ema, discriminator, perceptual = build(cfg, recipe, device, args.dino_file)
+    out = hita.run_directory(args.out)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
     model, judge = tokenizer, discriminator
@@ -181,14 +195,7 @@ def main():
         # discriminator
         if adversarial:
             discriminator.requires_grad_(True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                real, fake = judge(images), judge(result.recon.detach())
-                loss_d = hita.discriminator_loss(real, fake)
-            optimizer_d.zero_grad()
-            (recipe.gan_weight * loss_d).backward()
-            torch.nn.utils.clip_grad_norm_(discriminator.parameters(), recipe.clip)
-            optimizer_d.step()
-            metrics |= {"disc": loss_d, "D(real)": real.mean(), "D(fake)": fake.mean()}
+            metrics |= discriminator_step(images, result.recon.detach(), judge, optimizer_d, recipe)
 
         log.add(metrics)
         hits += both_counts(result, cfg)
