@@ -505,7 +505,8 @@ class Fusion(nn.Module):
 
     A causal transformer reads [global; patch]. Cell i is its state at position M - k + i: the last k global tokens stand
     where the first k patch tokens would, and every cell sees all global tokens but only the patch tokens up to i - k.
-    With k = 0 cell i sees its own patch code, nothing forces the global tokens to carry information, and they collapse.
+    With k = 0 cell i sees its own patch code and nothing forces the global tokens to carry information: the paper finds that
+    they collapse.
     """
 
     def __init__(self, cfg: TokenizerConfig):
@@ -1194,6 +1195,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str):
+        """One line, with the nearest flag if one is unknown, and exit status 2."""
         flags = [flag for action in self._actions for flag in action.option_strings]
         unknown = [w for w in message.split() if w.startswith("--")] if "unrecognized" in message else []
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1) if unknown else []
@@ -1361,6 +1363,7 @@ class Shuffled(torch.utils.data.Sampler):
             position += self.batch_size
 
     def item(self, position: int) -> tuple[int, int]:
+        """The (epoch, index) at a place of the endless stream of pictures."""
         epoch, place = divmod(position, self.length)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.length)

@@ -19,6 +19,7 @@ CHUNK = 64  # pictures made at once, so that the memory of the models does not g
 
 
 def parse_args():
+    """Command line -> arguments."""
     parser = hita.Parser(__doc__)
     parser.add_argument("--class", dest="classes", nargs="+", metavar="CLASS",
                         help="class names or indices [twelve classes, spread over all]")
