@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lpips
 import numpy as np
 import pytest
 import safetensors.torch
@@ -333,6 +334,9 @@ def test_perceptual_loss_has_no_dropout():
     first.backward()
     assert torch.equal(first, loss(x, y)) and y.grad.abs().sum() > 0
     assert all(p.grad is None for p in loss.parameters())
+    flat = torch.zeros(1, 4, 2, 2, requires_grad=True)                 # features of an empty picture may all be 0
+    lpips.normalize_tensor(flat).sum().backward()
+    assert flat.grad.isfinite().all()
 
 
 # Llama ---------------------------------------------------------------------------------------------------------------
