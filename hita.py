@@ -1,7 +1,7 @@
 """Hita, the holistic tokenizer for autoregressive image generation (ICCV 2025, arXiv 2507.02358), in one file.
 
 Most image tokenizers cut a picture into patches and give each patch a code. Hita adds M *global* (holistic) tokens that
-describe the picture as a whole, puts them first, and decodes so that the patches cannot do without them:
+describe the picture as a whole, puts them first, and lets k of them take the place of patches in decoding:
 
     image (B, 3, H, W)
       Encoder                 conv VQGAN, stride f                        -> (B, D, h, w), N = h*w patch embeddings
@@ -466,10 +466,9 @@ class VectorQuantizer(nn.Module):
 
     def lookup(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> normalised codes (B, T, C). Raises HitaError for an id outside the codebook."""
-        size = len(self.codebook)
-        check(ids.numel() == 0 or 0 <= int(ids.min()) and int(ids.max()) < size,
-              f"token ids must lie between 0 and {size - 1}, these reach from {int(ids.min()) if ids.numel() else 0} "
-              f"to {int(ids.max()) if ids.numel() else 0}")
+        if ids.numel():
+            low, high, last = int(ids.min()), int(ids.max()), len(self.codebook) - 1
+            check(0 <= low and high <= last, f"token ids must lie between 0 and {last}, these reach from {low} to {high}")
         return F.normalize(self.codebook.float(), dim=-1)[ids]
 
     @torch.no_grad()
@@ -571,7 +570,7 @@ class HitaTokenizer(nn.Module):
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
         self.cfg = cfg
-        self.__dict__["dino"] = None
+        self.dino = None
         self.encoder = Encoder(cfg)
         self.patch_down = nn.Linear(cfg.latent_dim, cfg.patch_code_dim)
         self.patch_quantizer = VectorQuantizer(cfg.codebook_size, cfg.patch_code_dim, cfg.beta, cfg.revive_codes)
@@ -1292,7 +1291,8 @@ class ImageFolder(torch.utils.data.Dataset):
     An item is asked for by (variant, index). augment=True draws crop and flip from (seed, variant, index), so that every
     epoch is a variant and a picture's augmentation depends on nothing else. augment=False: variant 0 is the centre crop,
     1 its mirror image, and further ones are augmented.
-    A picture that cannot be read is named once (in each loader process) and replaced by the next. Raises HitaError if there are no pictures.
+    A picture that cannot be read is named once (in each loader process) and replaced by the next. Raises HitaError if
+    there are no pictures.
     """
 
     def __init__(self, root: str | Path, split: str, size: int, augment: bool = False, crop_range: float = 1.0, seed: int = 0):
