@@ -48,7 +48,7 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.utils import make_grid
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 
@@ -140,6 +140,8 @@ class LlamaConfig:
     num_global: int = option(128, "number M of global tokens")
     grid: int = option(21, "patch tokens per side; N = grid * grid")
     codebook_size: int = option(16384, "codes V in each codebook")
+    released_sampling: bool = option(False, "look up the last global token in the patch table while sampling, as the released "
+                                            "code does by mistake and the published FIDs presumably were measured")
 
     def __post_init__(self):
         for name in ("layers", "heads", "dim", "num_classes", "grid", "codebook_size"):
@@ -280,9 +282,9 @@ class Decoder(nn.Module):
 # DINOv2 (Oquab et al. 2023): frozen semantic features for the queries to read
 # ---------------------------------------------------------------------------------------------------------------------
 
-def read_tensors(file: str) -> dict[str, Tensor]:
+def read_tensors(file: str | Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors file or of a PyTorch file, which may hold nothing but tensors."""
-    if file.endswith(".safetensors"):
+    if Path(file).suffix == ".safetensors":
         return safetensors.torch.load_file(file)
     return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -290,22 +292,23 @@ def read_tensors(file: str) -> dict[str, Tensor]:
 class DINOv2(nn.Module):
     """Frozen ViT. Images (B, 3, H, W) in [-1, 1] -> normalised cls and patch tokens (B, 257, dim), registers dropped.
 
-    name: a timm model; file: its weights (the original .pth or timm's safetensors), None to fetch them from the Hub;
-    pretrained=False keeps random weights (for tests and timing). Raises HitaError if the weights cannot be had.
+    name: a timm model; file: its weights (the original .pth or timm's safetensors, which give the same function), None to
+    fetch them from the Hub; pretrained=False keeps random weights (for tests and timing). HitaError if there are none.
     """
     SIZE = 224  # the ViT always sees 224 px: 16 x 16 patches of 14 px
 
     def __init__(self, name: str = TokenizerConfig.dino, file: str | None = None, pretrained: bool = True):
         super().__init__()
         import timm  # slow to import, and decoding does without it
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its many retries without a network
         check(file is None or os.path.isfile(file), f"there is no DINOv2 weights file {file}")
+        check(timm.is_model(name), f"timm has no model {name}")
+        if file is None and pretrained:
+            file, = fetch(name, otherwise="pass the original dinov2_vitl14_reg4_pretrain.pth with --dino-file")
         try:
             overlay = dict(pretrained_cfg_overlay=dict(state_dict=read_tensors(file))) if file else {}
-            self.vit = timm.create_model(name, pretrained=pretrained, img_size=self.SIZE, num_classes=0, **overlay)
-        except Exception as e:  # timm and the Hub raise many kinds; the remedy is the same
-            raise HitaError(f"DINOv2 {name}: cannot load {file or 'its weights from the Hub'} ({short(e)}); download "
-                            "dinov2_vitl14_reg4_pretrain.pth by hand and pass it with --dino-file") from e
+            self.vit = timm.create_model(name, pretrained=file is not None, img_size=self.SIZE, num_classes=0, **overlay)
+        except Exception as e:  # timm, torch and safetensors raise many kinds; the file is of no use in either case
+            raise HitaError(f"{file} does not hold the weights of {name} ({short(e)})") from e
         self.eval().requires_grad_(False)
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -880,13 +883,14 @@ class Llama(nn.Module):
         caches = [x.new_empty(2, len(x), cfg.heads, T, cfg.dim // cfg.heads) for _ in self.blocks]
         ids = torch.empty(B, T, dtype=torch.int64, device=x.device)
         for p in bar(range(T), "tokens", show=progress):
-            embedding, head = (self.global_embedding, self.global_head) if p < M else (self.patch_embedding, self.patch_head)
+            head = self.global_head if p < M else self.patch_head
             logits = head(self.backbone(x, caches, start=p)[:, -1]).float()                 # (B or 2B, V)
             if guided:
                 cond, uncond = logits.chunk(2)
                 logits = uncond + cfg_scale * (cond - uncond)                               # (B, V)
             probs = filter_logits(logits, temperature, top_k, top_p).softmax(dim=-1)
             ids[:, p] = torch.multinomial(probs, 1, generator=generator)[:, 0]
+            embedding = self.global_embedding if p < M - cfg.released_sampling else self.patch_embedding
             x = embedding(ids[:, p:p + 1]).repeat(1 + guided, 1, 1)                         # (B or 2B, 1, dim)
         return ids[:, :M], ids[:, M:]
 
@@ -932,6 +936,67 @@ def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The released models, on the Hugging Face Hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Released:
+    """A released generator; fid is the published one, of 50,000 pictures with guidance, resized to 256 px."""
+    tokenizer: str
+    size: str
+    epochs: int
+    fid: float
+
+
+RELEASED = {f"{tokenizer}-{size.lower()}-{epochs}e": Released(tokenizer, size, epochs, fid) for tokenizer, size, epochs, fid in [
+    ("hita-v", "B", 50, 5.85), ("hita-v", "B", 300, 4.33), ("hita-v", "L", 50, 3.75), ("hita-v", "L", 300, 2.86),
+    ("hita-v", "XL", 50, 2.98), ("hita-v", "XXL", 50, 2.70), ("hita-v", "2B", 50, 2.59),
+    ("hita-u", "B", 50, 4.21), ("hita-u", "B", 250, 3.49), ("hita-u", "L", 50, 2.97), ("hita-u", "L", 250, 2.44),
+    ("hita-u", "XL", 50, 2.40), ("hita-u", "XL", 100, 2.16), ("hita-u", "XXL", 50, 2.07), ("hita-u", "XXL", 100, 2.01),
+    ("hita-u", "2B", 50, 1.93), ("hita-u", "2B", 100, 1.82)]}
+TOKENIZER_FILES = {"hita-v": "vanilla/tokenizer/hita-tok.pt", "hita-u": "ultra/tokenizer/hita-ultra.pt"}
+LLAMA_FILES = {name: f"{TOKENIZER_FILES[m.tokenizer].split('/')[0]}/GPT-{m.size}/GPT-{m.size}-{m.epochs}e.pt"
+               for name, m in RELEASED.items()}
+WEIGHTS = Path(__file__).parent / "weights"  # where files that were downloaded by hand are looked for
+
+
+def on_hub(name: str) -> tuple[str, str]:
+    """Repository and file of a released tokenizer or generator, or else of a timm model."""
+    file = (TOKENIZER_FILES | LLAMA_FILES).get(name)
+    return ("yexiguafu/hita-gen", file) if file else (f"timm/{name}", "model.safetensors")
+
+
+def by_hand(name: str) -> Path:
+    """Where the file of a model is looked for before the Hub is."""
+    return WEIGHTS / (name + Path(on_hub(name)[1]).suffix)
+
+
+def local_copy(name: str) -> Path | None:
+    """The file of a model if it is on this machine: downloaded by hand, or in the Hub's cache."""
+    import huggingface_hub  # slow to import, and most runs do without
+    found = huggingface_hub.try_to_load_from_cache(*on_hub(name))
+    return by_hand(name) if by_hand(name).is_file() else Path(found) if isinstance(found, str) else None
+
+
+def fetch(*names: str, otherwise: str) -> list[Path]:
+    """Files of released or timm models, downloaded where they are not on this machine yet.
+
+    Raises HitaError that says what to download by hand, or `otherwise` what else to do.
+    """
+    import huggingface_hub as hub
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry
+    missing = [name for name in names if not local_copy(name)]
+    try:
+        for name in missing:
+            hub.get_hf_file_metadata(hub.hf_hub_url(*on_hub(name)))  # fails at once where the download retries for long
+            hub.hf_hub_download(*on_hub(name))
+    except Exception as e:  # network, server, disk: the library raises many kinds; the remedy is the same
+        files = " and ".join(f"{hub.hf_hub_url(*on_hub(n))} as {by_hand(n)}" for n in missing if not local_copy(n))
+        raise HitaError(f"cannot fetch {name} from the Hub ({short(e)}); download by hand {files}, or {otherwise}") from e
+    return [local_copy(name) for name in names]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: plain tensors and numbers, loaded with weights_only=True
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -957,8 +1022,9 @@ RELEASED_LLAMA = [
     (r"class_embedding", "cls_embedding.embedding_table"), (r"patch_embedding", "tok_embeddings"),
     (r"global_embedding", "slot_embeddings"), (r"global_positions", "slot_pos"), (r"blocks", "layers"),
     (r"norm1", "attention_norm"), (r"norm2", "ffn_norm"), (r"qkv", "attention.wqkv"), (r"out\.", "attention.wo."),
-    (r"\.(w\d)", r".feed_forward.\1"),
+    (r"\.(w\d)", r".feed_forward.\1"), (r".*_head", "output"),
 ]
+MODELS = {"tokenizer": (TokenizerConfig, HitaTokenizer, "train_tokenizer.py"), "llama": (LlamaConfig, Llama, "train_ar.py")}
 
 
 def released_name(ours: str, names: list[tuple[str, str]]) -> str:
@@ -968,74 +1034,89 @@ def released_name(ours: str, names: list[tuple[str, str]]) -> str:
     return ours
 
 
-def from_released(model: nn.Module, names: list[tuple[str, str]], released: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The released file's tensors under our names. Its 1x1 convolutions are our linear layers, its one output layer is our
-    two heads, and its usage statistics and DINOv2 weights are left out; what then differs is found by strict loading."""
-    released = {k: v for k, v in released.items() if not k.endswith("codebook_used") and "backbone" not in k}
-    if "output.weight" in released:
-        released["global_head.weight"], released["patch_head.weight"] = released.pop("output.weight").chunk(2)
+def from_released(weights: dict[str, Tensor]) -> dict:
+    """A released file's tensors as a checkpoint of ours: kind, config, and "ema" with the tensors under our names.
+
+    Its 1x1 convolutions are our linear layers, its one output layer is our two heads, and its usage statistics and DINOv2
+    weights are left out. What does not fit stays as it is, for strict loading to find.
+    """
+    weights = {k: v for k, v in weights.items() if not k.endswith("codebook_used") and "backbone" not in k}
+    if any(k.startswith("layers.") for k in weights):
+        width = lambda size: sum(v.shape[-1:] == (size["dim"],) for v in weights.values())
+        kind, names, config = "llama", RELEASED_LLAMA, LlamaConfig(**max(LLAMA_SIZES.values(), key=width))
+    else:
+        ultra = any("mask_embedding" in k or "norm_vfm" in k for k in weights)
+        kind, names, config = "tokenizer", RELEASED_TOKENIZER, TOKENIZERS["hita-u" if ultra else "hita-v"]
+    with torch.device("meta"):
+        own = MODELS[kind][1](config).state_dict()
     renamed = {}
-    for ours, tensor in model.state_dict().items():
-        if (theirs := released_name(ours, names)) in released:
-            found = released.pop(theirs)
+    for ours, tensor in own.items():
+        if (theirs := released_name(ours, names)) in weights:
+            found = weights[theirs]
+            if theirs == "output.weight":
+                found = found.chunk(2)[ours == "patch_head.weight"]
             renamed[ours] = found.flatten(1) if tensor.dim() == 2 and found.shape[2:] == (1, 1) else found
-    return {**renamed, **released}
+    unknown = weights.keys() - {released_name(ours, names) for ours in own}
+    return {"kind": kind, "config": config, "ema": {**renamed, **{k: weights[k] for k in unknown}}, "names": names}
 
 
 def read_checkpoint(path: str | Path, kind: str) -> dict:
-    """A checkpoint as a dictionary with plain values and tensors on the CPU; kind is 'tokenizer' or 'llama'.
+    """A checkpoint, ours or a released one, as a dictionary with its "config" (a dataclass), its weights under our names
+    ("ema"), and whatever else ours holds; tensors are on the CPU and read from the disk when they are used.
 
-    Raises HitaError if the file is missing, is no checkpoint, would run code, or holds another kind of model.
+    path: a file or the name of a released model; kind: "tokenizer" or "llama". Raises HitaError if the file is missing, is
+    no checkpoint, would run code, or holds another kind of model.
     """
-    script = {"tokenizer": "train_tokenizer.py", "llama": "train_ar.py"}[kind]
-    check(os.path.isfile(path), f"there is no {kind} checkpoint at {path}; make one with `python {script}`")
+    config, _, script = MODELS[kind]
+    names = TOKENIZER_FILES if kind == "tokenizer" else LLAMA_FILES
+    if not os.path.exists(path) and str(path) in names:
+        path, = fetch(str(path), otherwise=f"make your own with `python {script}`")
+    check(os.path.isfile(path), f"there is no {kind} checkpoint at {path}; make one with `python {script}`, or name a released "
+                                "one (`python sample.py --list`)")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the released files carry their arguments
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # zip, pickle and I/O errors of many kinds; the file is of no use in either case
         raise HitaError(f"{path} is not a checkpoint that can be read safely ({short(e)})") from e
-    check(isinstance(data, dict) and ("ema" in data or "model" in data), f"{path} holds no model weights")
+    check(isinstance(data, dict), f"{path} holds no model weights")
+    weights = next((data[key] for key in ("ema", "model", "module", "state_dict") if key in data), data)
+    check(isinstance(weights, dict) and weights and all(isinstance(v, Tensor) for v in weights.values()),
+          f"{path} holds no model weights")
     if "kind" not in data:  # a released file
-        weights = data["ema"] if "ema" in data else data["model"]
-        data = {"kind": "llama" if "tok_embeddings.weight" in weights else "tokenizer", "ema": weights, "released": True}
+        data = {**data, **from_released(weights)}
     check(data["kind"] == kind, f"{path} holds a {data['kind']}, a {kind} is needed; make one with `python {script}`")
+    if "names" not in data:
+        try:
+            data = {**data, "ema": weights, "config": config(**data["config"]), "names": []}
+        except (KeyError, TypeError) as e:
+            raise HitaError(f"{path} has a configuration that this version of hita.py cannot read ({short(e)})") from e
     return data
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    """Strict: HitaError that names the first missing, unexpected or misshapen tensor."""
-    own = model.state_dict()
-    for problem, keys in (("lacks", own.keys() - weights.keys()), ("has the unexpected", weights.keys() - own.keys())):
-        check(not keys, f"{path} {problem} tensor {min(keys, default='')} ({len(keys)} such)")
+def load_weights(model: nn.Module, data: dict, path: str | Path) -> None:
+    """Put the weights that `read_checkpoint` gave into the model. Strict: HitaError that names the first missing,
+    unexpected or misshapen tensor, as it is called in the file."""
+    weights, own = data["ema"], model.state_dict()
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    check(not missing, f"{path} lacks the tensor {released_name(missing[0], data['names']) if missing else ''} "
+                       f"({len(missing)} such)")
+    check(not unknown, f"{path} has the unexpected tensor {unknown[0] if unknown else ''} ({len(unknown)} such)")
     for key, tensor in own.items():
-        check(weights[key].shape == tensor.shape,
-              f"{path}: {key} has shape {tuple(weights[key].shape)}, this model needs {tuple(tensor.shape)}")
+        check(weights[key].shape == tensor.shape, f"{path}: {released_name(key, data['names'])} has shape "
+              f"{tuple(weights[key].shape)}, this model needs {tuple(tensor.shape)}")
     model.load_state_dict(weights)
-
-
-def saved_config(cls: type, data: dict, path: str | Path):
-    """The configuration in a checkpoint of ours. Raises HitaError if it is not one that this version knows."""
-    try:
-        return cls(**data["config"])
-    except (KeyError, TypeError) as e:
-        raise HitaError(f"{path} has a configuration that this version of hita.py cannot read ({short(e)})") from e
 
 
 def load_tokenizer(path: str | Path, dino: str | None = None) -> HitaTokenizer:
     """The EMA weights of a tokenizer checkpoint, ours or a released one, in eval mode on the CPU.
 
-    dino: a timm name or a weights file of the DINOv2 that encoding needs, None to decode only; a tokenizer that was built
-    without DINOv2 ignores it. Raises HitaError if a file is missing or does not fit.
+    path: a file, or "hita-v" or "hita-u" for a download. dino: a timm name or a weights file of the DINOv2 that encoding
+    needs, None to decode only; a tokenizer that was built without DINOv2 ignores it. Raises HitaError if a file is missing
+    or does not fit.
     """
     data = read_checkpoint(path, "tokenizer")
-    weights = data["ema"]
-    if data.get("released"):
-        ultra = "decode_transformer.mask_embedding" in weights
-        tokenizer = HitaTokenizer(TOKENIZERS["hita-u" if ultra else "hita-v"])
-        weights = from_released(tokenizer, RELEASED_TOKENIZER, weights)
-    else:
-        tokenizer = HitaTokenizer(saved_config(TokenizerConfig, data, path))
-    load_weights(tokenizer, weights, path)
+    tokenizer = HitaTokenizer(data["config"])
+    load_weights(tokenizer, data, path)
     if dino is not None:
         attach_dino(tokenizer, dino)
     return tokenizer.eval()
@@ -1053,19 +1134,27 @@ def attach_dino(tokenizer: HitaTokenizer, dino: str | None = None) -> None:
 
 
 def load_llama(path: str | Path) -> Llama:
-    """The EMA weights of a Llama checkpoint, ours or a released one, in eval mode on the CPU. Raises HitaError as above."""
+    """The EMA weights of a Llama checkpoint, ours or a released one, in eval mode on the CPU.
+
+    path: a file, or a name in RELEASED for a download. Raises HitaError if the file is missing or does not fit.
+    """
     data = read_checkpoint(path, "llama")
-    weights = data["ema"]
-    if data.get("released"):
-        dim, layers = weights["tok_embeddings.weight"].shape[1], sum(k.endswith("wqkv.weight") for k in weights)
-        size = [s for s in LLAMA_SIZES.values() if (s["dim"], s["layers"]) == (dim, layers)]
-        check(len(size) == 1, f"{path}: no released size has {layers} layers of width {dim}")
-        llama = Llama(LlamaConfig(**size[0]))
-        weights = from_released(llama, RELEASED_LLAMA, weights)
-    else:
-        llama = Llama(saved_config(LlamaConfig, data, path))
-    load_weights(llama, weights, path)
+    llama = Llama(data["config"])
+    load_weights(llama, data, path)
     return llama.eval()
+
+
+def start_from(model: HitaTokenizer | Llama, data: dict, path: str | Path) -> None:
+    """Fine-tuning: put the weights that `read_checkpoint` gave into a new model, and say which settings differ from those
+    the checkpoint was trained with. Raises HitaError if they differ so much that the weights do not fit."""
+    theirs, ours = vars(data["config"]), vars(model.cfg)
+    differing = ", ".join(f"{name} is {ours[name]} and was {theirs[name]}" for name in ours if ours[name] != theirs[name])
+    try:
+        load_weights(model, data, path)
+    except HitaError as e:
+        raise HitaError(f"{e}; {differing or 'the settings are the same'}: start with the --preset and flags of {path}") from e
+    if rank() == 0:
+        print(f"starting from the weights of {path}" + (f"; {differing}" if differing else ""), flush=True)
 
 
 def save_checkpoint(path: Path, data: dict) -> None:
@@ -1381,8 +1470,10 @@ def learning_rate(step: int, steps: int, warmup: int, lr: float, lr_final: float
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * model, parameters only."""
+    """ema <- decay * ema + (1 - decay) * model for the parameters; buffers are copied."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for ours, theirs in zip(ema.buffers(), model.buffers()):
+        ours.copy_(theirs)
 
 
 class Log:
@@ -1429,6 +1520,4 @@ def spread(num_classes: int, count: int = 12) -> list[int]:
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
     """Pictures (B, 3, H, W) in [-1, 1], about, as one PNG with so many columns."""
-    images = images.float().clamp(-1, 1).cpu()
-    grid = make_grid(images, nrow=columns, padding=2, pad_value=1.0, value_range=(-1, 1), normalize=True)
-    TF.to_pil_image(grid).save(path)
+    save_image(images.float().clamp(-1, 1).cpu(), path, nrow=columns, pad_value=1.0, value_range=(-1, 1), normalize=True)

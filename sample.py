@@ -1,10 +1,12 @@
-"""Generate pictures of a class with a trained Llama and its tokenizer.
+"""Generate pictures of a class with a trained Llama and its tokenizer, yours or the authors'.
 
-    python sample.py --class face-happy                   eight pictures, as one grid
+    python sample.py --class face-happy                   eight pictures, as one grid, with the model in the run directory
     python sample.py --class 3 flag weather --num 16      several classes, one after another
     python sample.py --class fruit --cfg-scale 3 --temperature 0.9 --top-k 200 --top-p 0.95 --seed 7 --single
+    python sample.py --list                               the released ImageNet models
+    python sample.py --model hita-u-l-250e --class 207 "tabby"
 
-The checkpoints are those that train_tokenizer.py and train_ar.py left in the run directory.
+Where nothing has been trained, a released model that runs on a laptop is downloaded and used.
 """
 
 import difflib
@@ -12,10 +14,14 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torchvision.models import ResNet50_Weights
 
 import hita
 
-CHUNK = 64  # pictures made at once, so that the memory of the models does not grow with --num
+DEFAULT = "hita-u-b-250e"  # the best of the smallest size
+CHUNK = 64  # pictures generated at once, so that memory does not grow with --num
+DECODED = 8  # pictures decoded at once, since at 336 px the decoder needs about 0.5 GB for each
 
 
 def parse_args():
@@ -29,43 +35,100 @@ def parse_args():
     parser.add_argument("--top-k", type=int, default=0, help="draw from the k most likely ids, 0 from all [0]")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the most likely ids that reach probability p [1.0]")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures on the same device [0]")
-    parser.add_argument("--out", default="out", help="run directory with tokenizer.pt and llama.pt [out]")
-    parser.add_argument("--tokenizer", help="tokenizer checkpoint [tokenizer.pt in the run directory]")
-    parser.add_argument("--llama", help="Llama checkpoint [llama.pt in the run directory]")
+    parser.add_argument("--model", metavar="NAME", help=f"released model [what is in the run directory, else {DEFAULT}]")
+    parser.add_argument("--list", action="store_true", help="list the released models and stop")
+    parser.add_argument("--native", action="store_true", help="keep 336 px pictures at 336 px [256, as the published figures]")
+    parser.add_argument("--released-sampling", action="store_true", help="make the released sampling code's mistake at the "
+                        "last global token; only for comparison with published figures")
+    parser.add_argument("--out", help="run directory with tokenizer.pt and llama.pt [out]")
+    parser.add_argument("--tokenizer", help="tokenizer checkpoint or name [tokenizer.pt in the run directory]")
+    parser.add_argument("--llama", help="Llama checkpoint or name [llama.pt in the run directory]")
     parser.add_argument("--image", help="grid to write [samples.png in the run directory]")
     parser.add_argument("--single", action="store_true", help="also write each picture, into a folder beside the grid")
     parser.add_argument("--device", help="cuda, mps or cpu [the best there is]")
     return parser.parse_args()
 
 
+def list_models() -> None:
+    """Print the released generators."""
+    print("name             size   parameters  epochs  FID   on this machine")
+    for name, m in hita.RELEASED.items():
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in hita.Llama(hita.LlamaConfig(**hita.LLAMA_SIZES[m.size])).parameters())
+        here = "yes" if hita.local_copy(name) and hita.local_copy(m.tokenizer) else "no"
+        print(f"{name:16} {m.size:5} {parameters / 1e6:8.1f} M {m.epochs:9}  {m.fid:.2f}  {here}"
+              + ("  (the default)" if name == DEFAULT else ""))
+    print("FID: published by the authors, of 50,000 pictures with guidance, resized to 256 px.")
+
+
 def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
     """Class names or indices as typed -> indices. Raises HitaError for one that the model does not have."""
     if asked is None:
         return hita.spread(len(names))
+    plain = [name.lower().replace("_", " ") for name in names]
     indices = []
     for word in asked:
-        if word in names:
-            indices.append(names.index(word))
+        typed = word.lower().replace("_", " ")
+        same = ([i for i, name in enumerate(names) if name == word]
+                or [i for i, name in enumerate(plain) if name == typed])
+        hita.check(len(same) < 2, f"several classes are called {word}; choose by index: "
+                                  + ", ".join(f"{i} ({names[i]})" for i in same))
+        if same:
+            indices += same
         elif word.lstrip("-").isdecimal():
             hita.check(0 <= int(word) < len(names),
                        f"class {word} is out of range, this model has classes 0 to {len(names) - 1}")
             indices.append(int(word))
         else:
-            near = difflib.get_close_matches(word, names, n=3, cutoff=0.4) or names[:3]
+            near = difflib.get_close_matches(typed, plain, n=3, cutoff=0.4) or plain[:3]
+            near += [name for name in plain if typed in name.split() and name not in near][:3]
             raise hita.HitaError(f"no class is called {word}; near it: {', '.join(near)} (of {len(names)} classes)")
     return indices
 
 
+def choose(args) -> tuple[str, str, str]:
+    """-> tokenizer, Llama (each a file or the name of a released model), and why these."""
+    out = Path(args.out or "out")
+    own = out / "tokenizer.pt", out / "llama.pt"
+    if args.model:
+        hita.check(not (args.tokenizer or args.llama), "--model chooses tokenizer and Llama; leave out --tokenizer and --llama")
+        near = difflib.get_close_matches(args.model, hita.RELEASED, n=1, cutoff=0)
+        hita.check(args.model in hita.RELEASED,
+                   f"no released model is called {args.model}; did you mean {near[0]}? `python sample.py --list` shows all")
+        return hita.RELEASED[args.model].tokenizer, args.model, "released models, as --model says"
+    if args.tokenizer or args.llama:
+        return args.tokenizer or str(own[0]), args.llama or str(own[1]), "as --tokenizer and --llama say"
+    if args.out or any(path.exists() for path in own):
+        return str(own[0]), str(own[1]), f"what was trained in {out}"
+    return hita.RELEASED[DEFAULT].tokenizer, DEFAULT, f"released models, since nothing was trained in {out}"
+
+
 def load(args) -> tuple[hita.HitaTokenizer, hita.Llama, list[str]]:
     """-> tokenizer, Llama, class names. Raises HitaError if the two do not belong together."""
-    tokenizer_path = Path(args.tokenizer or Path(args.out) / "tokenizer.pt")
-    llama_path = Path(args.llama or Path(args.out) / "llama.pt")
+    tokenizer_path, llama_path, reason = choose(args)
+    print(f"using {tokenizer_path} and {llama_path}: {reason}", flush=True)
+    hita.fetch(*(path for path in (tokenizer_path, llama_path) if path in hita.TOKENIZER_FILES | hita.LLAMA_FILES),
+               otherwise="train the demo with `python train_tokenizer.py && python train_ar.py`")
     tokenizer, llama = hita.load_tokenizer(tokenizer_path), hita.load_llama(llama_path)
     data = hita.read_checkpoint(llama_path, "llama")
-    hita.check(data.get("tokenizer") in (None, hita.fingerprint(tokenizer)),
+    same = all(getattr(tokenizer.cfg, name) == getattr(llama.cfg, name) for name in ("num_global", "grid", "codebook_size"))
+    hita.check(same and data.get("tokenizer") in (None, hita.fingerprint(tokenizer)),
                f"{llama_path} was trained on another tokenizer than {tokenizer_path}; train it again with `python train_ar.py`")
-    print(f"using {tokenizer_path} and {llama_path} ({data.get('step', 'unknown number of')} steps)", flush=True)
-    return tokenizer, llama, data.get("classes") or [str(i) for i in range(llama.cfg.num_classes)]
+    llama.cfg.released_sampling |= args.released_sampling
+    if len(names := ResNet50_Weights.IMAGENET1K_V1.meta["categories"]) != llama.cfg.num_classes:
+        names = [str(i) for i in range(llama.cfg.num_classes)]
+    return tokenizer, llama, data.get("classes") or names
+
+
+def decode(tokenizer: hita.HitaTokenizer, global_ids: torch.Tensor, patch_ids: torch.Tensor, native: bool) -> torch.Tensor:
+    """Ids (B, M), (B, N) -> images (B, 3, S, S) in [-1, 1] on the CPU; of 336 px S becomes 256 unless native."""
+    images = []
+    for ids in zip(global_ids.split(DECODED), patch_ids.split(DECODED)):
+        x = tokenizer.decode(*ids)
+        if x.shape[-1] == 336 and not native:
+            x = F.interpolate(x, 256, mode="bicubic")  # without antialiasing, as for the published figures
+        images.append(x.clamp(-1, 1).cpu())
+    return torch.cat(images)
 
 
 def write_pictures(images: torch.Tensor, labels: list[str], image: Path, columns: int, single: bool) -> None:
@@ -76,15 +139,17 @@ def write_pictures(images: torch.Tensor, labels: list[str], image: Path, columns
         if single:
             image.with_suffix("").mkdir(exist_ok=True)
             for i, (picture, label) in enumerate(zip(images, labels)):
-                hita.save_grid(picture[None], image.with_suffix("") / f"{label}-{i:04d}.png", 1)
+                hita.save_grid(picture[None], image.with_suffix("") / f"{label.replace(' ', '_')}-{i:04d}.png", 1)
     except OSError as e:
         raise hita.HitaError(f"cannot write {image} ({hita.short(e)}); choose another place with --image x.png") from e
 
 
 def main():
     args = parse_args()
+    if args.list:
+        return list_models()
     hita.check(args.num >= 1, f"--num is {args.num}, it must be at least 1")
-    image = Path(args.image or Path(args.out) / "samples.png")
+    image = Path(args.image or Path(args.out or "out") / "samples.png")
     hita.check(image.suffix.lower() in hita.IMAGE_TYPES, f"--image is {image}, its ending must be that of a picture, as .png")
     device = hita.start(args.device, args.seed)
     tokenizer, llama, names = load(args)
@@ -95,9 +160,8 @@ def main():
     start, images = time.time(), []
     chunks = class_ids.split(CHUNK)
     for chunk in hita.bar(chunks, "pictures", len(chunks) > 1, CHUNK):
-        ids = llama.generate(chunk, args.cfg_scale, args.temperature, args.top_k, args.top_p, generator,
-                             progress=len(chunks) == 1)
-        images.append(tokenizer.decode(*ids).clamp(-1, 1).cpu())
+        ids = llama.generate(chunk, args.cfg_scale, args.temperature, args.top_k, args.top_p, generator, progress=True)
+        images.append(decode(tokenizer, *ids, args.native))
     seconds = time.time() - start
     write_pictures(torch.cat(images), [names[i] for i in class_ids], image, args.num, args.single)
     print(f"{len(class_ids)} pictures of {', '.join(names[i] for i in chosen)} in {seconds:.1f} s "

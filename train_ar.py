@@ -3,6 +3,7 @@
     python train_ar.py                              the demo, on the tokenizer that train_tokenizer.py left in out/
     torchrun --nproc_per_node 8 train_ar.py --preset B --tokenizer hita-tok.pt --data imagenet      size B on ImageNet
     python train_ar.py --steps 5000 --out out-long  the demo, longer
+    python train_ar.py --preset B --tokenizer hita-u --init-from hita-u-b-250e --data DIR           fine-tune a released one
 
 The pictures are encoded once, into tokens-train.npy in the run directory: memory-mapped rows of [class, M global ids,
 N patch ids], the plain centre crop and its mirror image, and more augmented copies with --copies. The Llama trains on ids
@@ -24,7 +25,8 @@ from torch.utils.data import DataLoader
 import hita
 from hita import option
 
-FROM_TOKENIZER = ("num_classes", "num_global", "grid", "codebook_size")  # not to be chosen: the data and tokenizer decide
+# Not to be chosen here: the data and the tokenizer decide, and the last is for sample.py.
+NO_FLAGS = ("num_classes", "num_global", "grid", "codebook_size", "released_sampling")
 
 
 @dataclass
@@ -65,11 +67,13 @@ def parse_args():
     parser = hita.Parser(__doc__)
     preset = parser.add_choice("--preset", list(RECIPES), "emoji", "size of the Llama and recipe to start from")
     parser.add_argument("--data", help="folder with train/<class>/<pictures> and val/... [the embedded emoji pictures]")
-    parser.add_argument("--tokenizer", help="tokenizer checkpoint [tokenizer.pt in the run directory]")
+    parser.add_argument("--tokenizer", help="tokenizer checkpoint, or hita-v or hita-u [tokenizer.pt in the run directory]")
     parser.add_argument("--out", default="out", help="run directory [out]")
     parser.add_argument("--device", help="cuda, mps or cpu [the best there is]")
+    parser.add_argument("--init-from", metavar="CHECKPOINT", help="fine-tune: start from the weights of this file or released "
+                        "model (`python sample.py --list`), with its --preset [random weights]")
     parser.add_argument("--dino-file", help="DINOv2 weights, the original .pth or timm's .safetensors [from the Hub]")
-    parser.add_config("model", hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), skip=FROM_TOKENIZER)
+    parser.add_config("model", hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), skip=NO_FLAGS)
     parser.add_config("training", RECIPES[preset])
     args = parser.parse_args()
     return args, hita.override(hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), args), hita.override(RECIPES[preset], args)
@@ -128,6 +132,19 @@ def split(rows: np.ndarray, M: int, device: torch.device) -> tuple[torch.Tensor,
     return rows[:, 0], rows[:, 1:1 + M], rows[:, 1 + M:]
 
 
+def start_llama(llama: hita.Llama, path: str, classes: list[str]) -> None:
+    """Fine-tuning: the weights of a checkpoint or released model. Where its classes are others than those of the data, they
+    start anew, and only the embedding of "no class" is kept."""
+    data = hita.read_checkpoint(path, "llama")
+    old, new = data["ema"].get("class_embedding.weight"), llama.class_embedding.weight.detach()     # (classes + 1, dim) each
+    others = data["config"].num_classes != len(classes) or data.get("classes", classes) != classes
+    if others and old is not None and old.shape[1:] == new.shape[1:]:
+        data["ema"]["class_embedding.weight"] = torch.cat([new[:-1], old[-1:]])
+        if hita.rank() == 0:
+            print(f"{path} has other classes: the embeddings of the {len(classes)} classes here start anew")
+    hita.start_from(llama, data, path)
+
+
 def make_optimizer(llama: hita.Llama, recipe: Training) -> torch.optim.AdamW:
     """AdamW; matrices and embeddings decay, norm weights do not."""
     parameters = list(llama.parameters())
@@ -168,12 +185,15 @@ def main():
     root, cfg = args.data or hita.embedded_data(), tokenizer.cfg
     train = hita.ImageFolder(root, "train", cfg.image_size, False, recipe.crop_range, recipe.seed)
     val = hita.validation_data(root, cfg.image_size)
+    torch.manual_seed(recipe.seed)
+    llama = hita.Llama(dataclasses.replace(llama_cfg, num_classes=len(train.classes), num_global=cfg.num_global, grid=cfg.grid,
+                                           codebook_size=cfg.codebook_size))
+    if args.init_from:
+        start_llama(llama, args.init_from, train.classes)
+    llama = llama.to(device)
     tokens = token_cache(out / "tokens-train.npy", tokenizer, train, recipe.copies, device, recipe)
     val_tokens = token_cache(out / "tokens-val.npy", tokenizer, val, 1, device, recipe)
 
-    torch.manual_seed(recipe.seed)
-    llama = hita.Llama(dataclasses.replace(llama_cfg, num_classes=len(train.classes), num_global=cfg.num_global, grid=cfg.grid,
-                                           codebook_size=cfg.codebook_size)).to(device)
     ema = copy.deepcopy(llama).eval().requires_grad_(False)
     model = DDP(llama, broadcast_buffers=False) if hita.world() > 1 else llama
     optimizer = make_optimizer(llama, recipe)

@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 8 train_tokenizer.py --preset hita-v --data imagenet      the released model
     python train_tokenizer.py --steps 3000 --out out-long        the demo, longer
     python train_tokenizer.py --k 0                              an ablation: globals may be ignored
+    python train_tokenizer.py --preset hita-u --init-from hita-u --data DIR      fine-tune the released Hita-U
 
 --data DIR holds train/<class>/<pictures> and, if there is a validation split, val/<class>/<pictures>.
 The run directory gets tokenizer.pt (weights, EMA weights, optimizers), tokenizer.jsonl (one line of figures per log
@@ -67,6 +68,8 @@ def parse_args():
     parser.add_argument("--data", help="folder with train/<class>/<pictures> and val/... [the embedded emoji pictures]")
     parser.add_argument("--out", default="out", help="run directory [out]")
     parser.add_argument("--device", help="cuda, mps or cpu [the best there is]")
+    parser.add_argument("--init-from", metavar="CHECKPOINT", help="fine-tune: start from the weights of this file or released "
+                        "tokenizer (hita-v, hita-u), with the preset and flags it was trained with [random weights]")
     parser.add_argument("--dino-file", help="DINOv2 weights, the original .pth or timm's .safetensors [from the Hub]")
     parser.add_config("model", hita.TOKENIZERS[preset])
     parser.add_config("training", RECIPES[preset])
@@ -76,12 +79,16 @@ def parse_args():
     return args, hita.override(hita.TOKENIZERS[preset], args), hita.override(RECIPES[preset], args)
 
 
-def build(cfg: hita.TokenizerConfig, recipe: Training, device: torch.device, dino_file: str | None):
+def build(cfg: hita.TokenizerConfig, recipe: Training, device: torch.device, dino_file: str | None, init_from: str | None):
     """-> tokenizer, its EMA copy, discriminator, perceptual loss or None; the same weights in every process."""
     hita.check(cfg.image_size >= 24 or recipe.gan_weight == 0, f"the discriminator needs pictures of at least 24 pixels, "
                f"image_size is {cfg.image_size}; train with --gan-weight 0")
     torch.manual_seed(recipe.seed)
     tokenizer, discriminator = hita.HitaTokenizer(cfg), hita.PatchDiscriminator(recipe.gan_width)
+    if init_from:
+        data = hita.read_checkpoint(init_from, "tokenizer")
+        hita.start_from(tokenizer, data, init_from)
+        start_discriminator(discriminator, data.get("discriminator"), init_from)
     tokenizer, discriminator = (m.to(device, memory_format=torch.channels_last) for m in (tokenizer, discriminator))
     ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
     hita.attach_dino(tokenizer, dino_file)
@@ -89,6 +96,16 @@ def build(cfg: hita.TokenizerConfig, recipe: Training, device: torch.device, din
     perceptual = hita.PerceptualLoss().to(device) if recipe.lpips_weight > 0 else None
     torch.manual_seed(recipe.seed + hita.rank())  # dropout differs between the processes
     return tokenizer, ema, discriminator, perceptual
+
+
+def start_discriminator(discriminator: hita.PatchDiscriminator, weights: dict | None, path: str) -> None:
+    """Fine-tuning: take over the discriminator of a checkpoint where it is a PatchGAN. Raises HitaError for one of another
+    width. (The released Hita-U was trained with a discriminator on DINO features, which is not part of this repository.)"""
+    known = weights and "main.0.weight" in weights
+    if known:
+        hita.load_weights(discriminator, {"ema": weights, "names": []}, f"the discriminator of {path}")
+    if hita.rank() == 0:
+        print("its PatchGAN discriminator too" if known else "it has no PatchGAN discriminator: a new one starts", flush=True)
 
 
 def generator_losses(images: torch.Tensor, result: hita.TokenizerOutput, recipe: Training,
@@ -158,7 +175,7 @@ def main():
     root = args.data or hita.embedded_data()
     train = hita.ImageFolder(root, "train", cfg.image_size, True, recipe.crop_range, recipe.seed)
     val = hita.validation_data(root, cfg.image_size)
-    tokenizer, ema, discriminator, perceptual = build(cfg, recipe, device, args.dino_file)
+    tokenizer, ema, discriminator, perceptual = build(cfg, recipe, device, args.dino_file, args.init_from)
     out = hita.run_directory(args.out)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
