@@ -1077,7 +1077,7 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the released files carry their arguments
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # zip, pickle and I/O errors of many kinds; the file is of no use in either case
-        raise HitaError(f"{path} is not a checkpoint that can be read safely ({short(e)})") from e
+        raise HitaError(f"{path} is not a checkpoint that can be read safely ({short(e)}); fetch or make it again") from e
     check(isinstance(data, dict), f"{path} holds no model weights")
     weights = next((data[key] for key in ("ema", "model", "module", "state_dict") if key in data), data)
     check(isinstance(weights, dict) and weights and all(isinstance(v, Tensor) for v in weights.values()),
@@ -1095,15 +1095,14 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
 
 def load_weights(model: nn.Module, data: dict, path: str | Path) -> None:
     """Put the weights that `read_checkpoint` gave into the model. Strict: HitaError that names the first missing,
-    unexpected or misshapen tensor, as it is called in the file."""
+    unexpected or misshapen tensor, those of a released file by their names there."""
     weights, own = data["ema"], model.state_dict()
-    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    check(not missing, f"{path} lacks the tensor {released_name(missing[0], data['names']) if missing else ''} "
-                       f"({len(missing)} such)")
-    check(not unknown, f"{path} has the unexpected tensor {unknown[0] if unknown else ''} ({len(unknown)} such)")
+    called = {key: released_name(key, data["names"]) for key in own}
+    for problem, keys in (("lacks", own.keys() - weights.keys()), ("has the unexpected", weights.keys() - own.keys())):
+        check(not keys, f"{path} {problem} tensor {min((called.get(k, k) for k in keys), default='')} ({len(keys)} such)")
     for key, tensor in own.items():
-        check(weights[key].shape == tensor.shape, f"{path}: {released_name(key, data['names'])} has shape "
-              f"{tuple(weights[key].shape)}, this model needs {tuple(tensor.shape)}")
+        check(weights[key].shape == tensor.shape,
+              f"{path}: {called[key]} has shape {tuple(weights[key].shape)}, this model needs {tuple(tensor.shape)}")
     model.load_state_dict(weights)
 
 

@@ -1,17 +1,22 @@
 """Tests of hita.py and the scripts: `pytest`, CPU only, no network, under two minutes on two cores."""
 
+import argparse
 import dataclasses
+import http.server
 import io
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import huggingface_hub
 import lpips
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -300,15 +305,24 @@ def test_dinov2_preprocessing(small_dino):
     assert blurred < 0.5 * plain                                       # a blur precedes shrinking
 
 
-def test_dinov2_loads_a_local_file_and_names_a_missing_one(small_dino, tmp_path):
-    weights, x = small_dino.vit.state_dict(), torch.rand(1, 3, 32, 32)
-    torch.save(weights, tmp_path / "dino.pth")
-    safetensors.torch.save_file(weights, tmp_path / "dino.safetensors")
-    for name in ("dino.pth", "dino.safetensors"):
-        again = hita.DINOv2("vit_small_patch14_reg4_dinov2.lvd142m", file=str(tmp_path / name))
-        assert torch.equal(again(x), small_dino(x))
-    with pytest.raises(hita.HitaError, match="nowhere.pth"):
-        hita.DINOv2(file="nowhere.pth")
+def test_dinov2_is_the_same_function_from_the_original_file_and_from_timms(small_dino, tmp_path):
+    """Both files hold a 37 x 37 table of positions. The original has one for the cls token too, which timm has added already."""
+    name, x = "vit_small_patch14_reg4_dinov2.lvd142m", torch.rand(1, 3, 32, 32)
+    weights = timm.create_model(name, num_classes=0).state_dict()
+    assert weights["pos_embed"].shape == (1, 37 * 37, 384)
+    safetensors.torch.save_file(weights, tmp_path / "timm.safetensors")
+    cls_position = torch.randn(1, 1, 384)
+    original = {**weights, "mask_token": torch.zeros(1, 384), "register_tokens": weights["reg_token"],
+                "cls_token": weights["cls_token"] - cls_position, "pos_embed": torch.cat([cls_position, weights["pos_embed"]], dim=1)}
+    torch.save({k: v for k, v in original.items() if k != "reg_token"}, tmp_path / "original.pth")
+    ours, theirs = (hita.DINOv2(name, file=str(tmp_path / f))(x) for f in ("timm.safetensors", "original.pth"))
+    assert torch.allclose(ours, theirs, atol=1e-3) and not torch.allclose(ours, small_dino(x), atol=0.1)
+    table = weights["pos_embed"].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
+    table = F.interpolate(table, (16, 16), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)    # as DINOv2 does itself
+    assert torch.allclose(hita.DINOv2(name, file=str(tmp_path / "original.pth")).vit.pos_embed, table, atol=1e-5)
+    for wrong, message in (("nowhere.pth", "no DINOv2 weights file"), (str(ROOT / "hita.py"), "does not hold the weights")):
+        with pytest.raises(hita.HitaError, match=message):
+            hita.DINOv2(file=wrong)
 
 
 # losses --------------------------------------------------------------------------------------------------------------
@@ -445,26 +459,58 @@ def test_classes_out_of_range_are_refused():
             tiny_llama().generate(wrong)
 
 
+def test_released_sampling_looks_up_the_last_global_token_in_the_patch_table():
+    llama = tiny_llama(released_sampling=True)
+    class_ids = torch.arange(5)
+    g, p = llama.generate(class_ids, top_k=1)
+    x = torch.cat([llama.class_embedding(class_ids)[:, None], llama.global_embedding(g[:, :-1]), llama.patch_embedding(g[:, -1:]),
+                   llama.patch_embedding(p[:, :-1])], dim=1)
+    x = llama.backbone(x)
+    assert torch.equal(torch.cat([llama.global_head(x[:, :6]), llama.patch_head(x[:, 6:])], 1).argmax(-1), torch.cat([g, p], 1))
+    llama.cfg.released_sampling = False
+    g2, p2 = llama.generate(class_ids, top_k=1)
+    assert torch.equal(g, g2) and not torch.equal(p, p2)
+
+
 # numbers that must not drift -----------------------------------------------------------------------------------------
 
-def test_tiny_seeded_models_give_the_same_numbers_as_ever():
+def fill(module: torch.nn.Module) -> torch.nn.Module:
     """Weights from numpy's frozen generator, so that neither initialisation nor torch's random streams matter."""
-    def fill(module):
-        for i, p in enumerate(module.parameters()):
-            p.data = torch.from_numpy(np.random.RandomState(i).standard_normal(p.shape).astype(np.float32)) / p[0].numel() ** 0.5
-        return module.eval()
-    images = (torch.arange(2 * 3 * 16 * 16) * 0.37).sin().reshape(2, 3, 16, 16)
-    tokenizer, llama, D = fill(tiny()), fill(tiny_llama()), fill(hita.PatchDiscriminator(8))
-    out = tokenizer(images)
-    class_ids, g, p = torch.tensor([1, 4]), torch.arange(12).reshape(2, 6), torch.arange(32).reshape(2, 16)
-    gl, pl = llama(class_ids, g, p)
-    mean = lambda x: x.double().abs().mean().item()
-    numbers = [mean(out.recon), out.codebook_loss.item(), mean(out.patch_ids), mean(out.global_ids), mean(gl), mean(pl),
-               mean(D(F.interpolate(images, 64)))]
-    assert numbers == pytest.approx(GOLDEN, rel=1e-4)
+    for i, p in enumerate(module.parameters()):
+        p.data = torch.from_numpy(np.random.RandomState(i).standard_normal(p.shape).astype(np.float32)) / p[0].numel() ** 0.5
+    return module.eval()
 
 
-GOLDEN = [0.7596975, 0.2346273, 23.96875, 16.66667, 0.5650826, 0.7532918, 0.5793044]
+def wave(*shape: int) -> torch.Tensor:
+    return (torch.arange(np.prod(shape)) * 0.37).sin().reshape(shape)
+
+
+def golden_outputs(component: str):
+    cfg, llama_ids = dataclasses.replace(TINY, vfm_recon=True, dino="some-vit", dino_dim=8), (torch.tensor([1, 4]), *(
+        torch.arange(2 * n).reshape(2, n) % 32 for n in (6, 16)))
+    return {"encoder": lambda: fill(hita.Encoder(TINY))(wave(2, 3, 16, 16)),
+            "extractor": lambda: fill(hita.QueryExtractor(cfg))(wave(2, 16, 4, 4), wave(2, 257, 8)),
+            "extractor without DINOv2": lambda: fill(hita.QueryExtractor(TINY))(wave(2, 16, 4, 4), None),
+            "quantizer": lambda: fill(hita.VectorQuantizer(32, 4))(wave(2, 9, 4)),
+            "fusion": lambda: fill(hita.Fusion(TINY))(wave(2, 6, 16), wave(2, 16, 16), (4, 4)),
+            "feature branch": lambda: fill(hita.Fusion(cfg)).reconstruct_features(wave(2, 6, 16), 8),
+            "decoder": lambda: fill(hita.Decoder(TINY))(wave(2, 16, 4, 4)),
+            "tokenizer": lambda: vars(fill(tiny())(wave(2, 3, 16, 16))).values(),
+            "discriminator": lambda: fill(hita.PatchDiscriminator(8))(wave(1, 3, 64, 64)),
+            "llama": lambda: fill(tiny_llama())(*llama_ids)}[component]()
+
+
+@pytest.mark.parametrize("component, golden", [
+    ("encoder", [0.970209, 0.410055]), ("extractor", [2.29967, 0.473899]), ("extractor without DINOv2", [1.66395, -0.371092]),
+    ("quantizer", [3.54454, 0.407916]), ("fusion", [2.3315, 0.32831]), ("feature branch", [2.12484, -0.423527]),
+    ("decoder", [0.474607, -0.0164654]), ("tokenizer", [1.34986, -0.334568]), ("discriminator", [0.574994, -0.0305378]),
+    ("llama", [0.701962, 0.723494])])
+def test_tiny_seeded_components_give_the_same_numbers_as_ever(component, golden):
+    """Two figures stand for all outputs: the mean magnitude, and a sum with signs, which moves when values change places."""
+    out = golden_outputs(component)
+    out = torch.cat([x.double().flatten() for x in ([out] if isinstance(out, torch.Tensor) else out) if x is not None])
+    signed = (out * (torch.arange(len(out)) * 0.61).cos()).sum() / len(out) ** 0.5
+    assert [out.abs().mean().item(), signed.item()] == pytest.approx(golden, rel=1e-4, abs=1e-4)
 
 
 # checkpoints ---------------------------------------------------------------------------------------------------------
@@ -532,19 +578,217 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert torch.load(path, weights_only=True) == {"step": 1}
 
 
-def test_released_names():
+def released_tokenizer_keys(cfg: hita.TokenizerConfig) -> set[str]:
+    """The names in a released tokenizer file, spelled out from the configuration."""
+    both = lambda *names: [f"{name}.{part}" for name in names for part in ("weight", "bias")]
+    res = lambda name, shortcut: both(*(f"{name}.{part}" for part in ("norm1", "conv1", "norm2", "conv2")),
+                                      *([f"{name}.nin_shortcut"] if shortcut else []))
+    attn = lambda name: both(*(f"{name}.{part}" for part in ("norm", "q", "k", "v", "proj_out")))
+    layer = lambda name: both(f"{name}.norm1", f"{name}.norm2", f"{name}.ffnet.w12", f"{name}.ffnet.w3")
+    keys = []
+    for side, widths, blocks, resample in (("encoder", cfg.channel_mult, cfg.res_blocks, "downsample"),
+                                           ("decoder", cfg.channel_mult[::-1], cfg.res_blocks + 1, "upsample")):
+        keys += both(f"{side}.conv_in", f"{side}.norm_out", f"{side}.conv_out")
+        keys += res(f"{side}.mid.0", False) + attn(f"{side}.mid.1") + res(f"{side}.mid.2", False)
+        for i, width in enumerate(widths):
+            for b in range(blocks):
+                keys += res(f"{side}.conv_blocks.{i}.res.{b}", b == 0 and width != widths[max(i - 1, 0)])
+                if i == (len(widths) - 1 if side == "encoder" else 0):
+                    keys += attn(f"{side}.conv_blocks.{i}.attn.{b}")
+            if i < len(widths) - 1:
+                keys += both(f"{side}.conv_blocks.{i}.{resample}.conv")
+    for i in range(cfg.layers):
+        name = f"encode_transformer.transformer1.layers.{i}"
+        keys += layer(name) + [f"{name}.attn1.to_{x}.weight" for x in "qkv"] + both(f"{name}.attn1.to_out.0")
+        for name in (f"encode_transformer.transformer2.layers.{i}", f"decode_transformer.transformer.layers.{i}"):
+            keys += layer(name) + both(*(f"{name}.attn1.{x}_proj" for x in ("q", "k", "v", "out")))
+    keys += [f"encode_transformer.{x}" for x in ("carrier_tokens", "pos_embed", "proj.mlp.0.weight", "proj.mlp.3.weight")]
+    keys += both(*(f"encode_transformer.{x}" for x in ("proj.mlp.1", "proj.mlp.4", "norm_pre1", "norm_pre2")))
+    keys += ["decode_transformer.position_embedding", "decode_transformer.slot_position_embedding"] + both("decode_transformer.norm")
+    if cfg.vfm_recon:
+        keys += ["decode_transformer.mask_embedding", *both("decode_transformer.norm_vfm", "decode_transformer.proj")]
+    keys += both("quant_conv", "post_quant_conv", "pre_slots_quant", "post_slots_quant")
+    return set(keys + [f"{x}quantize.{y}" for x in ("", "slot_") for y in ("embedding.weight", "codebook_used")])
+
+
+def released_llama_keys(layers: int) -> set[str]:
+    blocks = {f"layers.{i}.{x}.weight" for i in range(layers) for x in (
+        "attention_norm", "ffn_norm", "attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")}
+    return blocks | {f"{x}.weight" for x in ("cls_embedding.embedding_table", "tok_embeddings", "slot_embeddings", "slot_pos",
+                                             "norm", "output")}
+
+
+def released_layout(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A model's weights as the released files have them."""
+    if isinstance(model, hita.Llama):
+        weights = {hita.released_name(k, hita.RELEASED_LLAMA): v for k, v in model.state_dict().items()}
+        return weights | {"output.weight": torch.cat([model.global_head.weight, model.patch_head.weight]).detach()}
+    weights = {hita.released_name(k, hita.RELEASED_TOKENIZER): v for k, v in model.state_dict().items()}
+    for name in ("quant_conv.weight", "post_quant_conv.weight"):
+        weights[name] = weights[name][..., None, None]
+    return weights | {"quantize.codebook_used": torch.zeros(9), "slot_quantize.codebook_used": torch.zeros(9)}
+
+
+@pytest.mark.parametrize("preset, count", [("hita-v", 501), ("hita-u", 506), ("B", 90), ("XL", 258)])
+def test_released_files_have_these_tensors(preset, count):
     with torch.device("meta"):
-        tokenizer, llama = hita.HitaTokenizer(hita.TOKENIZERS["hita-u"]), hita.Llama(hita.LlamaConfig())
-    names = {hita.released_name(k, hita.RELEASED_TOKENIZER) for k in tokenizer.state_dict()}
-    assert len(names) == 504 and names >= {
-        "encoder.conv_blocks.4.attn.1.proj_out.weight", "encoder.conv_blocks.0.downsample.conv.bias",
-        "decoder.conv_blocks.3.res.0.nin_shortcut.weight", "decoder.conv_blocks.0.upsample.conv.weight", "decoder.mid.1.q.bias",
-        "encode_transformer.transformer1.layers.2.attn1.to_out.0.bias", "encode_transformer.transformer2.layers.0.attn1.out_proj.bias",
-        "encode_transformer.proj.mlp.4.bias", "decode_transformer.transformer.layers.1.ffnet.w12.weight", "pre_slots_quant.weight",
-        "decode_transformer.norm_vfm.bias", "decode_transformer.mask_embedding", "slot_quantize.embedding.weight"}
-    names = {hita.released_name(k, hita.RELEASED_LLAMA) for k in llama.state_dict()}
-    assert len(names) == 91 and names >= {"layers.3.attention.wqkv.weight", "layers.0.feed_forward.w2.weight", "slot_pos.weight",
-                                          "cls_embedding.embedding_table.weight", "layers.11.ffn_norm.weight"}
+        if preset in hita.TOKENIZERS:
+            model, expected = hita.HitaTokenizer(hita.TOKENIZERS[preset]), released_tokenizer_keys(hita.TOKENIZERS[preset])
+        else:
+            model = hita.Llama(hita.LlamaConfig(**hita.LLAMA_SIZES[preset]))
+            expected = released_llama_keys(model.cfg.layers)
+    assert len(expected) == count and set(released_layout(model)) == expected
+
+
+@pytest.fixture
+def small_released(monkeypatch) -> tuple[hita.HitaTokenizer, hita.Llama]:
+    """A small Hita-U and B, which the loaders take for the released sizes, on the released grid and codebooks."""
+    sizes = dict(channels=4, channel_mult=(1, 1, 1, 1, 1), res_blocks=1, latent_dim=16, layers=1, heads=2)
+    for name in ("hita-v", "hita-u"):
+        monkeypatch.setitem(hita.TOKENIZERS, name, dataclasses.replace(hita.TOKENIZERS[name], **sizes))
+    monkeypatch.setitem(hita.LLAMA_SIZES, "B", dict(layers=1, heads=2, dim=16))
+    tokenizer, llama = hita.HitaTokenizer(hita.TOKENIZERS["hita-u"]), hita.Llama(hita.LlamaConfig(**hita.LLAMA_SIZES["B"]))
+    for head in llama.heads():
+        torch.nn.init.normal_(head.weight)
+    return tokenizer.eval(), llama.eval()
+
+
+def test_released_files_load_strictly_and_with_their_ema_weights(small_released, tmp_path):
+    path = tmp_path / "x.pt"
+    for model, load, some in zip(small_released, (hita.load_tokenizer, hita.load_llama), ("quant_conv.weight", "output.weight")):
+        weights = released_layout(model)
+        def loaded(ema, **rest):
+            torch.save({"model": {k: v + 1 for k, v in ema.items()}, "ema": ema, "args": argparse.Namespace(lr=1), **rest}, path)
+            return load(path)
+        extra = {"encode_transformer.backbone.pretrained_encoder.norm.weight": torch.zeros(3)}
+        for again in (loaded(weights), loaded(weights | extra)):
+            assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+        torch.save(weights, path)                                      # the sharded trainer saves bare weights
+        assert load(path).cfg == model.cfg
+        torch.save({"model": weights}, path)
+        assert load(path).cfg == model.cfg
+        for key in sorted(k for k in weights if "codebook_used" not in k)[::17]:
+            with pytest.raises(hita.HitaError, match=f"lacks tensor {key} "):
+                loaded({k: v for k, v in weights.items() if k != key})
+            with pytest.raises(hita.HitaError, match=f": {key} has shape"):
+                loaded(weights | {key: torch.zeros(3, 3, 3, 3, 3, 3)})
+        with pytest.raises(hita.HitaError, match=f"unexpected tensor {some}x "):
+            loaded(weights | {some + "x": torch.zeros(1)})
+    with pytest.raises(hita.HitaError, match="holds a llama"):
+        hita.load_tokenizer(path)
+
+
+def no_network(*args, **kwargs):
+    raise OSError("no network")
+
+
+# the Hub --------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def hub(tmp_path):
+    """A server that has the files in tmp_path/hub and notes what is asked for -> (environment, list of requests)."""
+    requests = []
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(f"{self.command} {self.path}")
+            file = tmp_path / "hub" / self.path.split("/resolve/main/")[-1]
+            body = file.read_bytes() if file.is_file() else b""
+            self.send_response(200 if body else 404)
+            for name, value in (("ETag", f'"{file.name}"'), ("X-Repo-Commit", "1" * 40), ("Content-Length", len(body))):
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(body if self.command == "GET" else b"")
+        do_HEAD = do_GET
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}, requests
+    server.shutdown()
+
+
+def test_sampling_with_a_released_model_fetches_it_once(small_released, hub, tmp_path):
+    environment, requests = hub
+    files = ["ultra/tokenizer/hita-ultra.pt", "ultra/GPT-B/GPT-B-250e.pt"]
+    for file, model in zip(files, small_released):
+        (tmp_path / "hub" / file).parent.mkdir(parents=True)
+        torch.save({"ema": released_layout(model)}, tmp_path / "hub" / file)
+    small = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hita, sample; hita.LLAMA_SIZES['B'] = {hita.LLAMA_SIZES['B']}; "
+             f"hita.TOKENIZERS['hita-u'] = hita.{hita.TOKENIZERS['hita-u']}; hita.run(sample.main)")
+    def run(*args, **more):
+        return subprocess.run([sys.executable, "-c", small, *args], cwd=tmp_path, capture_output=True, text=True, env={
+            **os.environ, **environment, "CUDA_VISIBLE_DEVICES": "", **more})
+    result = run("--class", "golden_retriever", "--num", "1")
+    assert result.returncode == 0, result.stderr
+    first = result.stdout.splitlines()[0]
+    assert "hita-u-b-250e" in first and "nothing was trained in out" in first
+    gets = [r for r in requests if r.startswith("GET") and "resolve" in r]
+    assert gets == [f"GET /yexiguafu/hita-gen/resolve/main/{file}" for file in files]   # and no DINOv2
+    assert Image.open(tmp_path / "out/samples.png").size == (256, 256)
+    requests.clear()
+    result = run("--model", "hita-u-b-250e", "--class", "207", "--num", "1", "--native", HF_HUB_OFFLINE="1")
+    assert result.returncode == 0 and not requests and "as --model says" in result.stdout.splitlines()[0], result.stderr
+    assert Image.open(tmp_path / "out/samples.png").size == (336, 336)
+    listed = run("--list").stdout.splitlines()
+    assert len(listed) == 1 + 17 + 1 and [line.split()[0] for line in listed if " yes" in line] == ["hita-u-b-250e"]
+    assert any(line.split()[:6] == ["hita-v-xl-50e", "XL", "816.8", "M", "50", "2.98"] for line in listed)
+
+
+def test_without_a_network_it_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hita, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", no_network)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--class", "207"])
+    with pytest.raises(hita.HitaError) as error:
+        sample.main()
+    for part in ("no network", "ultra/tokenizer/hita-ultra.pt as", "ultra/GPT-B/GPT-B-250e.pt as", str(tmp_path / "weights" / "hita-u.pt"),
+                 "python train_tokenizer.py && python train_ar.py"):
+        assert part in str(error.value)
+    with pytest.raises(hita.HitaError, match="model.safetensors as .*--dino-file"):
+        hita.DINOv2()
+    (tmp_path / "weights").mkdir()
+    tokenizer = tiny()
+    hita.save_checkpoint(tmp_path / "weights" / "hita-v.pt", {"kind": "tokenizer", "config": dataclasses.asdict(tokenizer.cfg),
+                                                              "ema": tokenizer.state_dict()})
+    assert hita.load_tokenizer("hita-v").cfg == tokenizer.cfg          # a file that was downloaded by hand
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", "hita-u-xl-10e"])
+    with pytest.raises(hita.HitaError, match="hita-u-xl-100e"):
+        sample.main()
+
+
+# fine-tuning ----------------------------------------------------------------------------------------------------------
+
+def test_the_tokenizer_starts_from_a_checkpoint_and_its_discriminator(tmp_path):
+    source, D = tiny(), hita.PatchDiscriminator(8)
+    data = {"kind": "tokenizer", "config": dataclasses.asdict(source.cfg), "ema": source.state_dict(), "discriminator": D.state_dict()}
+    torch.save(data, tmp_path / "x.pt")
+    recipe = dataclasses.replace(train_tokenizer.RECIPES["emoji"], gan_width=8)
+    build = lambda **changes: train_tokenizer.build(dataclasses.replace(TINY, image_size=24, **changes), recipe, torch.device("cpu"),
+                                                    None, str(tmp_path / "x.pt"))
+    with pytest.raises(hita.HitaError, match="image_size is 24 and was 16.*--preset"):
+        build()
+    data["config"]["image_size"], data["ema"] = 24, hita.HitaTokenizer(dataclasses.replace(TINY, image_size=24)).state_dict()
+    torch.save(data, tmp_path / "x.pt")
+    tokenizer, ema, discriminator, _ = build(k=3)                      # k may change
+    for model, weights in ((tokenizer, data["ema"]), (ema, data["ema"]), (discriminator, data["discriminator"])):
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    torch.save({**data, "discriminator": {"heads.0.0.0.bias": torch.zeros(3)}}, tmp_path / "x.pt")
+    assert not torch.equal(build()[2].main[0].weight, D.main[0].weight)
+
+
+def test_the_llama_starts_from_a_checkpoint_and_other_classes_anew(tmp_path):
+    _, source = save_tiny(tmp_path)
+    llama = tiny_llama()
+    train_ar.start_llama(llama, str(tmp_path / "llama.pt"), list("abcde"))
+    assert all(map(torch.equal, llama.state_dict().values(), source.state_dict().values()))
+    llama = tiny_llama(num_classes=3)
+    new = llama.class_embedding.weight.detach().clone()
+    train_ar.start_llama(llama, str(tmp_path / "llama.pt"), list("abc"))
+    assert torch.equal(llama.class_embedding.weight[:3], new[:3]) and torch.equal(llama.class_embedding.weight[3], source.class_embedding.weight[5])
+    assert torch.equal(llama.patch_head.weight, source.patch_head.weight)
+    with pytest.raises(hita.HitaError, match="dim is 24 and was 16"):
+        train_ar.start_llama(tiny_llama(dim=24), str(tmp_path / "llama.pt"), list("abc"))
 
 
 # data ----------------------------------------------------------------------------------------------------------------
@@ -709,10 +953,6 @@ def test_the_three_scripts_one_after_another_and_two_processes_equal_one(tmp_pat
     assert Image.open(out / "samples.png").size == (3 * 26 + 2, 2 * 26 + 2) and len(list((out / "samples").iterdir())) == 6
 
 
-def no_network(*args, **kwargs):
-    raise OSError("no network")
-
-
 @pytest.mark.parametrize("command, message", [
     ("train_tokenizer.py --preset hita-w", "hita-w"), ("train_tokenizer.py --codebok-size 5", "--codebook-size"),
     ("train_tokenizer.py --k 99", "num_global"), ("train_tokenizer.py --k x", "x"), ("train_tokenizer.py --steps 0", "steps"),
@@ -734,12 +974,25 @@ def test_bad_requests_get_one_line_and_status_2(command, message, tmp_path, monk
     assert exit.value.code == 2 and lines[-1].startswith("error: ") and message in lines[-1]
 
 
-def test_sample_explains_itself(tmp_path):
-    names = ["cat", "face-happy", "flag"]
-    assert sample.class_indices(["face-happy", "2"], names) == [1, 2] and sample.class_indices(None, names) == [0, 1, 2]
-    for wrong, message in (("face-hapy", "face-happy"), ("3", "0 to 2"), ("-1", "0 to 2")):
+def test_classes_by_name_and_index():
+    names = ["cat", "face-happy", "flag", "Flag", "red  panda"]
+    assert sample.class_indices(["face-happy", "2", "Face-Happy", "Flag"], names) == [1, 2, 1, 3] and sample.class_indices(None, names[:3]) == [0, 1, 2]
+    for wrong, message in (("face-hapy", "face-happy"), ("5", "0 to 4"), ("-1", "0 to 4"), ("FLAG", r"2 \(flag\), 3 \(Flag\)")):
         with pytest.raises(hita.HitaError, match=message):
             sample.class_indices([wrong], names)
+    imagenet = sample.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    assert sample.class_indices(["golden retriever", "Golden_Retriever", "207"], imagenet) == [207] * 3
+    with pytest.raises(hita.HitaError, match="giant panda"):
+        sample.class_indices(["panda"], imagenet)
+
+
+def test_pictures_of_336_px_become_256_px_as_in_the_protocol(small_released, monkeypatch):
+    monkeypatch.setattr(sample, "DECODED", 2)
+    tokenizer, ids = small_released[0], (torch.randint(16384, (3, 128)), torch.randint(16384, (3, 441)))
+    native = tokenizer.decode(*ids)
+    assert torch.allclose(sample.decode(tokenizer, *ids, native=True), native.clamp(-1, 1), atol=1e-4)
+    expected = F.interpolate(native, 256, mode="bicubic", antialias=False, align_corners=False).clamp(-1, 1)
+    assert torch.allclose(sample.decode(tokenizer, *ids, native=False), expected, atol=1e-4)
 
 
 def test_sampling_with_another_tokenizer_is_refused(tmp_path, monkeypatch):
