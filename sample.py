@@ -164,7 +164,7 @@ def main():
         images.append(decode(tokenizer, *ids, args.native))
     seconds = time.time() - start
     write_pictures(torch.cat(images), [names[i] for i in class_ids], image, args.num, args.single)
-    print(f"{len(class_ids)} pictures of {', '.join(names[i] for i in chosen)} in {seconds:.1f} s "
+    print(f"{', '.join(names[i] for i in chosen)}, {args.num} each, in {seconds:.1f} s "
           f"({len(class_ids) / seconds:.2f} images/s): {image}")
 
 
