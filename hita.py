@@ -1053,8 +1053,8 @@ def from_released(weights: dict[str, Tensor]) -> dict:
     for ours, tensor in own.items():
         if (theirs := released_name(ours, names)) in weights:
             found = weights[theirs]
-            if theirs == "output.weight":
-                found = found.chunk(2)[ours == "patch_head.weight"]
+            if theirs == "output.weight" and found.dim() == 2:
+                found = found.tensor_split(2)[ours == "patch_head.weight"]
             renamed[ours] = found.flatten(1) if tensor.dim() == 2 and found.shape[2:] == (1, 1) else found
     unknown = weights.keys() - {released_name(ours, names) for ours in own}
     return {"kind": kind, "config": config, "ema": {**renamed, **{k: weights[k] for k in unknown}}, "names": names}
@@ -1080,14 +1080,14 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
         raise HitaError(f"{path} is not a checkpoint that can be read safely ({short(e)}); fetch or make it again") from e
     check(isinstance(data, dict), f"{path} holds no model weights")
     weights = next((data[key] for key in ("ema", "model", "module", "state_dict") if key in data), data)
-    check(isinstance(weights, dict) and weights and all(isinstance(v, Tensor) for v in weights.values()),
+    check(isinstance(weights, dict) and weights and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()),
           f"{path} holds no model weights")
-    if "kind" not in data:  # a released file
-        data = {**data, **from_released(weights)}
+    ours = "kind" in data
+    data = {**data, "ema": weights, "names": []} if ours else {**data, **from_released(weights)}
     check(data["kind"] == kind, f"{path} holds a {data['kind']}, a {kind} is needed; make one with `python {script}`")
-    if "names" not in data:
+    if ours:
         try:
-            data = {**data, "ema": weights, "config": config(**data["config"]), "names": []}
+            data["config"] = config(**data["config"])
         except (KeyError, TypeError) as e:
             raise HitaError(f"{path} has a configuration that this version of hita.py cannot read ({short(e)})") from e
     return data

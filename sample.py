@@ -65,6 +65,7 @@ def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
     """Class names or indices as typed -> indices. Raises HitaError for one that the model does not have."""
     if asked is None:
         return hita.spread(len(names))
+    other = "" if len(names) == 1000 else f"; for the 1,000 classes of ImageNet add --model {DEFAULT}"
     plain = [name.lower().replace("_", " ") for name in names]
     indices = []
     for word in asked:
@@ -77,12 +78,12 @@ def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
             indices += same
         elif word.lstrip("-").isdecimal():
             hita.check(0 <= int(word) < len(names),
-                       f"class {word} is out of range, this model has classes 0 to {len(names) - 1}")
+                       f"class {word} is out of range, this model has classes 0 to {len(names) - 1}{other}")
             indices.append(int(word))
         else:
             near = difflib.get_close_matches(typed, plain, n=3, cutoff=0.4) or plain[:3]
             near += [name for name in plain if typed in name.split() and name not in near][:3]
-            raise hita.HitaError(f"no class is called {word}; near it: {', '.join(near)} (of {len(names)} classes)")
+            raise hita.HitaError(f"no class is called {word}; near it: {', '.join(near)} (of {len(names)} classes{other})")
     return indices
 
 
