@@ -101,7 +101,7 @@ def build(cfg: hita.TokenizerConfig, recipe: Training, device: torch.device, din
 def start_discriminator(discriminator: hita.PatchDiscriminator, weights: dict | None, path: str) -> None:
     """Fine-tuning: take over the discriminator of a checkpoint where it is a PatchGAN. Raises HitaError for one of another
     width. (The released Hita-U was trained with a discriminator on DINO features, which is not part of this repository.)"""
-    known = weights and "main.0.weight" in weights
+    known = isinstance(weights, dict) and "main.0.weight" in weights
     if known:
         hita.load_weights(discriminator, {"ema": weights, "names": []}, f"the discriminator of {path}")
     if hita.rank() == 0:
