@@ -25,6 +25,7 @@ Images are float tensors (B, 3, H, W) in [-1, 1]; token ids are int64.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -33,10 +34,14 @@ import logging
 import math
 import os
 import re
+import shutil
+import signal
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,49 +71,55 @@ def check(condition: bool, message: str) -> None:
 # Configuration: the dataclasses are the one source of every setting; the scripts make their flags from the fields.
 # ---------------------------------------------------------------------------------------------------------------------
 
-def option(default, help: str):
-    """A dataclass field with a default and the text that `--help` shows for it."""
-    return field(default=default, metadata={"help": help})
+def option(default, help: str, low: float = 1, high: float = 65536):
+    """A dataclass field with a default, the text that `--help` shows for it and, for numbers, the range it must lie in."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+def check_options(config) -> None:
+    """Raise HitaError where a field has another type than its default (settings also come from files) or is out of range."""
+    for f in dataclasses.fields(config):
+        value, kind = getattr(config, f.name), type(f.default)
+        numbers = value if kind is tuple and isinstance(value, tuple) else (value,)
+        plain = {tuple: int, float: (int, float)}.get(kind, kind)
+        check(len(numbers) > 0 and all(isinstance(x, plain) and isinstance(x, bool) == (kind is bool) for x in numbers),
+              f"{f.name} is {value!r}, it must be of the kind of {f.default!r}")
+        check(kind in (bool, str) or all(f.metadata["low"] <= x <= f.metadata["high"] for x in numbers),
+              f"{f.name} is {value}, it must lie between {f.metadata['low']} and {f.metadata['high']}")
 
 
 @dataclass
 class TokenizerConfig:
     """Architecture of the tokenizer. The defaults are the released Hita-V: 104.2 M parameters without DINOv2."""
-    image_size: int = option(336, "side of the square training images in pixels")
+    image_size: int = option(336, "side of the square training images in pixels", high=8192)
     channels: int = option(128, "channels of the conv nets at full resolution")
     channel_mult: tuple = option((1, 1, 2, 2, 4), "channel multiplier of each level; each further level halves the resolution")
-    res_blocks: int = option(2, "residual blocks per encoder level (the decoder has one more)")
+    res_blocks: int = option(2, "residual blocks per encoder level (the decoder has one more)", high=64)
     latent_dim: int = option(512, "width D of patch embeddings, queries and transformers")
-    layers: int = option(3, "transformer layers in each of the three stages")
+    layers: int = option(3, "transformer layers in each of the three stages", high=1024)
     heads: int = option(8, "attention heads of the transformers")
-    dropout: float = option(0.1, "dropout in the transformers' attention")
-    num_global: int = option(128, "number M of global tokens; 0 is the paper's baseline, a plain VQGAN")
-    codebook_size: int = option(16384, "codes V in each of the two codebooks")
+    dropout: float = option(0.1, "dropout in the transformers' attention", 0, 0.99)
+    num_global: int = option(128, "number M of global tokens; 0 is the paper's baseline, a plain VQGAN", 0)
+    codebook_size: int = option(16384, "codes V in each of the two codebooks", high=2 ** 24)
     global_code_dim: int = option(12, "width of a global code")
     patch_code_dim: int = option(8, "width of a patch code")
-    beta: float = option(0.25, "weight of the commitment term")
+    beta: float = option(0.25, "weight of the commitment term", 0)
     revive_codes: bool = option(False, "move codes that are hardly used onto encoder outputs (for small data)")
-    k: int = option(4, "global tokens that stand where the first k patch tokens would; 0 lets the globals be ignored")
+    k: int = option(4, "global tokens that stand where the first k patch tokens would; 0 lets the globals be ignored", 0)
     dino: str = option("vit_large_patch14_reg4_dinov2.lvd142m", "timm name of the frozen DINOv2, or 'none'")
     dino_dim: int = option(1024, "feature width of the DINOv2")
     vfm_recon: bool = option(False, "Hita-U: reconstruct the DINOv2 features from the global tokens while training")
 
     def __post_init__(self):
-        self.channel_mult = tuple(self.channel_mult)
-        for name in ("image_size", "channels", "res_blocks", "latent_dim", "layers", "heads", "codebook_size",
-                     "global_code_dim", "patch_code_dim", "dino_dim"):
-            check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, it must be at least 1")
-        check(len(self.channel_mult) >= 1 and min(self.channel_mult) >= 1,
-              f"channel_mult is {self.channel_mult}, it needs one positive number per level")
+        if isinstance(self.channel_mult, list):
+            self.channel_mult = tuple(self.channel_mult)
+        check_options(self)
         check(self.image_size % self.stride == 0,
               f"image_size {self.image_size} is not a multiple of the stride {self.stride}; "
-              f"the nearest sizes that are: {self.grid * self.stride}, {(self.grid + 1) * self.stride}")
+              f"the nearest sizes that are: {max(1, self.grid) * self.stride}, {(self.grid + 1) * self.stride}")
         check(self.channels % 4 == 0, f"channels is {self.channels}, it must be a multiple of 4 (group norm)")
         check(self.latent_dim % self.heads == 0, f"latent_dim {self.latent_dim} is not divisible by {self.heads} heads")
-        check(0 <= self.dropout < 1, f"dropout is {self.dropout}, it must be in [0, 1)")
-        check(self.beta >= 0, f"beta is {self.beta}, it must not be negative")
-        check(self.num_global >= 0, f"num_global is {self.num_global}, it must be 0 or more")
-        check(0 <= self.k <= self.num_global, f"k is {self.k}, it must lie between 0 and num_global = {self.num_global}")
+        check(self.k <= self.num_global, f"k is {self.k}, it must not exceed num_global = {self.num_global}")
         check(not self.vfm_recon or self.uses_dino and self.num_global > 0, "vfm_recon needs DINOv2 and global tokens")
 
     @property
@@ -130,28 +141,24 @@ class TokenizerConfig:
 @dataclass
 class LlamaConfig:
     """Architecture of the generator. The defaults are size B at 336 px: 136.2 M parameters."""
-    layers: int = option(12, "transformer blocks")
+    layers: int = option(12, "transformer blocks", high=1024)
     heads: int = option(12, "attention heads")
     dim: int = option(768, "width of the residual stream")
-    dropout: float = option(0.1, "dropout after attention and feed-forward")
-    token_dropout: float = option(0.1, "dropout on the embedded sequence")
-    class_dropout: float = option(0.1, "probability that a class label is dropped, for classifier-free guidance")
-    num_classes: int = option(1000, "number of classes")
-    num_global: int = option(128, "number M of global tokens")
-    grid: int = option(21, "patch tokens per side; N = grid * grid")
-    codebook_size: int = option(16384, "codes V in each codebook")
+    dropout: float = option(0.1, "dropout after attention and feed-forward", 0, 0.99)
+    token_dropout: float = option(0.1, "dropout on the embedded sequence", 0, 0.99)
+    class_dropout: float = option(0.1, "probability that a class label is dropped, for classifier-free guidance", 0, 0.99)
+    num_classes: int = option(1000, "number of classes", high=2 ** 20)
+    num_global: int = option(128, "number M of global tokens", 0)
+    grid: int = option(21, "patch tokens per side; N = grid * grid", high=512)
+    codebook_size: int = option(16384, "codes V in each codebook", high=2 ** 24)
     released_sampling: bool = option(False, "look up the last global token in the patch table while sampling, as the released "
                                             "code does by mistake and the published FIDs presumably were measured")
 
     def __post_init__(self):
-        for name in ("layers", "heads", "dim", "num_classes", "grid", "codebook_size"):
-            check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, it must be at least 1")
-        check(self.num_global >= 0, f"num_global is {self.num_global}, it must be 0 or more")
+        check_options(self)
         check(self.dim % self.heads == 0 and self.dim // self.heads % 4 == 0,
               f"dim {self.dim} over {self.heads} heads gives {self.dim / self.heads:g} channels a head, "
               "it must be a multiple of 4 (2-D RoPE)")
-        for name in ("dropout", "token_dropout", "class_dropout"):
-            check(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}, it must be in [0, 1)")
 
     @property
     def num_patches(self) -> int:
@@ -478,10 +485,10 @@ class VectorQuantizer(nn.Module):
     def revive_dead_codes(self, z: Tensor) -> None:
         """Put each hardly used code onto a random one of the encoder outputs z (B*T, C); the same in every process."""
         self.hits *= self.MEMORY
-        dead = self.hits < self.DEAD                                                # (V,)
         z = all_gather(z)
-        draw = from_first(torch.randint(len(z), self.hits.shape, device=z.device))  # (V,)
-        self.codebook.copy_(torch.where(dead[:, None], z[draw], self.codebook))     # no host sync: all V are drawn
+        drawn = z[from_first(torch.randint(len(z), self.hits.shape, device=z.device))]  # (V, C); no host sync: all V are drawn
+        dead = (self.hits < self.DEAD) & drawn.isfinite().all(dim=1)                # (V,); a diverged step moves nothing
+        self.codebook.copy_(torch.where(dead[:, None], drawn, self.codebook))
         self.hits.masked_fill_(dead, 1.0)
 
 
@@ -853,7 +860,8 @@ class Llama(nn.Module):
         self.check_classes(class_ids)
         M = self.cfg.num_global
         if self.training:
-            dropped = torch.rand(class_ids.shape, device=class_ids.device) < self.cfg.class_dropout
+            draws = from_first(torch.rand(world() * len(class_ids), device=class_ids.device))   # of the whole batch
+            dropped = draws.chunk(world())[rank()] < self.cfg.class_dropout                     # (B,)
             class_ids = class_ids.masked_fill(dropped, self.cfg.num_classes)
         parts = [self.class_embedding(class_ids)[:, None], self.patch_embedding(patch_ids[:, :-1])]
         if M:
@@ -873,7 +881,7 @@ class Llama(nn.Module):
         progress: show a bar over the tokens.
         Raises HitaError for a class or a setting out of range.
         """
-        check(cfg_scale >= 0 and math.isfinite(cfg_scale), f"cfg_scale is {cfg_scale}, it must be 0 or more")
+        check_sampling(cfg_scale, temperature, top_k, top_p)
         self.check_classes(class_ids)
         cfg, B, guided = self.cfg, len(class_ids), cfg_scale != 1.0
         M, T = cfg.num_global, cfg.num_global + cfg.num_patches
@@ -904,16 +912,19 @@ class Llama(nn.Module):
                   f"class {low if low < 0 else high} is out of range, this model has classes 0 to {self.cfg.num_classes - 1}")
 
 
+def check_sampling(cfg_scale: float, temperature: float, top_k: int, top_p: float) -> None:
+    """Raise HitaError for a sampling setting out of range."""
+    check(0 <= cfg_scale < math.inf, f"cfg_scale is {cfg_scale}, it must be 0 or more")
+    check(0 < temperature < math.inf, f"temperature is {temperature}, it must be positive; for the most likely tokens use top_k 1")
+    check(top_k >= 0, f"top_k is {top_k}, it must be 0 (all) or more")
+    check(0 < top_p <= 1, f"top_p is {top_p}, it must be in (0, 1]")
+
+
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Logits (B, V) -> logits (B, V) divided by the temperature, -inf where filtered out.
 
     top_k keeps the k largest (and ties), 0 keeps all. top_p then keeps the fewest largest whose probability reaches p.
-    Raises HitaError for a setting out of range.
     """
-    check(temperature > 0 and math.isfinite(temperature), f"temperature is {temperature}, it must be positive; "
-                                                          "for the most likely tokens use top_k 1")
-    check(top_k >= 0, f"top_k is {top_k}, it must be 0 (all) or more")
-    check(0 < top_p <= 1, f"top_p is {top_p}, it must be in (0, 1]")
     logits = logits / temperature
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]                      # (B, 1)
@@ -1086,15 +1097,23 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
     data = {**data, "ema": weights, "names": []} if ours else {**data, **from_released(weights)}
     check(data["kind"] == kind, f"{path} holds a {data['kind']}, a {kind} is needed; make one with `python {script}`")
     if ours:
-        try:
-            data["config"] = config(**data["config"])
-        except (KeyError, TypeError) as e:
-            raise HitaError(f"{path} has a configuration that this version of hita.py cannot read ({short(e)})") from e
+        data["config"] = settings_of(config, data.get("config"), path)
+        names = data.get("classes", [""] * getattr(data["config"], "num_classes", 0))
+        check(isinstance(names, list) and all(isinstance(name, str) for name in names)
+              and len(names) == getattr(data["config"], "num_classes", 0), f"{path} has no name for each of its classes")
     return data
 
 
-def load_weights(model: nn.Module, data: dict, path: str | Path) -> None:
-    """Put the weights that `read_checkpoint` gave into the model. Strict: HitaError that names the first missing,
+def settings_of(kind: type, values: dict, path: str | Path):
+    """The dataclass `kind` made of values from a file. Raises HitaError if they do not fit."""
+    try:
+        return kind(**values)
+    except (TypeError, HitaError) as e:
+        raise HitaError(f"{path} has settings that this version of the code cannot use ({short(e)})") from e
+
+
+def check_weights(model: nn.Module, data: dict, path: str | Path) -> None:
+    """Raise HitaError unless the weights that `read_checkpoint` gave are just those of the model: it names the first missing,
     unexpected or misshapen tensor, those of a released file by their names there."""
     weights, own = data["ema"], model.state_dict()
     called = {key: released_name(key, data["names"]) for key in own}
@@ -1103,7 +1122,22 @@ def load_weights(model: nn.Module, data: dict, path: str | Path) -> None:
     for key, tensor in own.items():
         check(weights[key].shape == tensor.shape,
               f"{path}: {called[key]} has shape {tuple(weights[key].shape)}, this model needs {tuple(tensor.shape)}")
-    model.load_state_dict(weights)
+
+
+def load_weights(model: nn.Module, data: dict, path: str | Path) -> None:
+    """Put the weights that `read_checkpoint` gave into the model. Raises HitaError if they do not fit."""
+    check_weights(model, data, path)
+    model.load_state_dict(data["ema"])
+
+
+def load_model(data: dict, path: str | Path) -> HitaTokenizer | Llama:
+    """The model that `read_checkpoint` gave, in eval mode on the CPU. Raises HitaError if its weights do not fit."""
+    _, model, _ = MODELS[data["kind"]]
+    with torch.device("meta"):  # takes no memory: a damaged file may ask for any size
+        check_weights(model(data["config"]), data, path)
+    model = model(data["config"])
+    model.load_state_dict(data["ema"])
+    return model.eval()
 
 
 def load_tokenizer(path: str | Path, dino: str | None = None) -> HitaTokenizer:
@@ -1113,12 +1147,10 @@ def load_tokenizer(path: str | Path, dino: str | None = None) -> HitaTokenizer:
     needs, None to decode only; a tokenizer that was built without DINOv2 ignores it. Raises HitaError if a file is missing
     or does not fit.
     """
-    data = read_checkpoint(path, "tokenizer")
-    tokenizer = HitaTokenizer(data["config"])
-    load_weights(tokenizer, data, path)
+    tokenizer = load_model(read_checkpoint(path, "tokenizer"), path)
     if dino is not None:
         attach_dino(tokenizer, dino)
-    return tokenizer.eval()
+    return tokenizer
 
 
 def attach_dino(tokenizer: HitaTokenizer, dino: str | None = None) -> None:
@@ -1137,10 +1169,7 @@ def load_llama(path: str | Path) -> Llama:
 
     path: a file, or a name in RELEASED for a download. Raises HitaError if the file is missing or does not fit.
     """
-    data = read_checkpoint(path, "llama")
-    llama = Llama(data["config"])
-    load_weights(llama, data, path)
-    return llama.eval()
+    return load_model(read_checkpoint(path, "llama"), path)
 
 
 def start_from(model: HitaTokenizer | Llama, data: dict, path: str | Path) -> None:
@@ -1166,7 +1195,9 @@ def save_checkpoint(path: Path, data: dict) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        raise HitaError(f"cannot write {path} ({short(e)}); an earlier checkpoint there is untouched") from e
+        free = shutil.disk_usage(path.parent).free / 1e6
+        temporary.unlink(missing_ok=True)
+        raise HitaError(f"cannot write {path} ({short(e)}; {free:.0f} MB were free); earlier checkpoints there are untouched") from e
 
 
 def fingerprint(*parts) -> str:
@@ -1179,6 +1210,160 @@ def fingerprint(*parts) -> str:
         else:
             digest.update(json.dumps(part).encode())
     return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs: a training run is its parts (everything with a state_dict), saved together and restored together
+# ---------------------------------------------------------------------------------------------------------------------
+
+REGULARISERS = {"dropout", "token_dropout", "class_dropout", "beta"}  # settings of a model that may change within a run
+FIXED = {"seed", "batch_size", "gan_width", "copies"}                 # settings of a recipe that may not
+
+
+def find_run(args: argparse.Namespace, kind: str, recipe: type) -> dict | None:
+    """The checkpoint that --resume continues, with "recipe" as a dataclass; None for a new run. What was not said about
+    data and files is taken from it. Raises HitaError if the run directory holds a run and --resume was not given."""
+    out = Path(args.out)
+    found = sorted(out.glob(f"{kind}*.pt"), key=os.path.getmtime)
+    if args.resume is None:
+        held = found or list(out.glob(f"{kind}.jsonl"))
+        check(not held, f"{out} holds a run already ({held[-1].name if held else ''}): continue it with --resume, or choose "
+                        "another directory with --out")
+        return None
+    if not args.resume and not found:
+        if rank() == 0:
+            print(f"there is nothing to resume in {out}: a new run starts", flush=True)
+        return None
+    path = Path(args.resume or found[-1])
+    check(not found or path.parent.resolve() == out.resolve(), f"{out} holds another run ({found[-1].name if found else ''}) than "
+          f"{path}: choose another directory with --out")
+    saved = read_checkpoint(path, kind)
+    check(isinstance(saved.get("step"), int) and isinstance(saved.get("files"), dict),
+          f"{path} is not the checkpoint of a run; start a new run from its weights with --init-from {path}")
+    for name, value in saved["files"].items():
+        if getattr(args, name, "") is None and isinstance(value, str):
+            setattr(args, name, value)
+    return {**saved, "recipe": settings_of(recipe, saved.get("recipe"), path), "path": path}
+
+
+def check_settings(saved: dict, cfg, recipe, train: ImageFolder) -> None:
+    """Say which settings differ from those of the checkpoint. Raises HitaError for one that cannot change within a run."""
+    old, new = vars(saved["config"]) | vars(saved["recipe"]), vars(cfg) | vars(recipe)
+    fixed = FIXED | vars(cfg).keys() - REGULARISERS
+    changed = [name for name in new if new[name] != old[name]]
+    for name in changed:
+        check(name not in fixed, f"{name} is {new[name]} and was {old[name]} in {saved['path']}: it cannot change within a run; "
+              f"leave it as it was, or start a new run in another directory with --init-from {saved['path']}")
+    check(saved.get("pictures") == train.fingerprint(), f"the pictures in {train.folder} are not those that {saved['path']} was "
+          f"trained on; give the same --data, or start a new run in another directory with --init-from {saved['path']}")
+    if rank() == 0:
+        text = ", ".join(f"{name} is {new[name]} and was {old[name]}" for name in changed)
+        print(f"resuming {saved['path']} after step {saved['step']}" + (f"; {text}" if changed else ""), flush=True)
+
+
+def restore(saved: dict | None, parts: dict) -> int:
+    """Put the states of a checkpoint, if there is one, into the parts of a run -> the steps that are done.
+    Raises HitaError if a state does not fit, or if the processes do not see the same checkpoint."""
+    done = saved["step"] if saved else 0
+    steps = all_gather(torch.tensor([done])).tolist()
+    check(len(set(steps)) == 1, f"the processes see checkpoints of different steps {steps}: they need the same run directory")
+    if not saved:
+        parts["log"].truncate(0)  # of a run that ended before its first checkpoint
+        return 0
+    for name, part in parts.items():
+        try:
+            state = saved[name]
+            if isinstance(part, torch.optim.Optimizer):  # learning rate and the like are today's
+                state = {**part.state_dict(), "state": copy.deepcopy(state["state"])}
+            part.load_state_dict(state)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+            raise HitaError(f"{saved['path']} cannot be resumed, its {name} does not fit ({short(e)})") from e
+    return done
+
+
+class RandomState:
+    """The random numbers of all processes, as a part of a run."""
+
+    def __init__(self, device: torch.device):
+        self.modules = {"cpu": torch.random} | ({device.type: torch.get_device_module(device)} if device.type != "cpu" else {})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Device type -> states (processes, bytes)."""
+        return {name: all_gather(module.get_rng_state()[None]) for name, module in self.modules.items()}
+
+    def load_state_dict(self, states: dict[str, Tensor]) -> None:
+        """With another number of processes or another device the random numbers start anew."""
+        for name, module in self.modules.items():
+            if name in states and len(states[name]) == world():
+                module.set_rng_state(states[name][rank()])
+            elif rank() == 0:
+                print(f"random numbers on {name} start anew: the run had other devices or another number of processes")
+
+
+class Stop:
+    """SIGTERM and Ctrl-C let the run finish its step and save; a second one ends it at once."""
+
+    def __init__(self):
+        self.signalled = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame) -> None:
+        if self.signalled:
+            os._exit(128 + number)
+        self.signalled = True
+        if rank() == 0:  # not print, which may have been interrupted just now
+            os.write(2, b"stopping after this step; once more to stop at once, without saving\n")
+
+    def asked(self) -> bool:
+        """Whether any process was told to stop; the same answer in all."""
+        return all_sum(torch.tensor(float(self.signalled))).item() > 0  # on the CPU: a GPU does not wait for it
+
+
+def ignore_signals(worker: int) -> None:
+    """For data loader processes: they end with the process that they load for."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def careful_step(optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> None:
+    """optimizer.step(), but not if loss or gradient norm is not finite in any process. The decision is made on the device,
+    so that nothing waits for it: fused optimizers do nothing where `found_inf` is 1. `Log` then stops the run."""
+    optimizer.found_inf = all_sum((~torch.isfinite(loss.detach() + grad_norm)).float()).clamp(max=1)
+    optimizer.step()
+
+
+def steps(out: Path, kind: str, recipe, parts: dict, facts: dict, saved: dict | None, look, usage=None) -> Iterator[int]:
+    """The steps of a run that are still to be done, from 1 or from where the checkpoint `saved` was written. After each step
+    comes what is due: a log line, a checkpoint, an evaluation, or the end if the run was told to stop.
+
+    <kind>.pt is the newest checkpoint; those of multiples of recipe.keep_every are kept as <kind>-<step>.pt too. They hold the
+    states of the parts, and the facts. look(step) evaluates and returns figures; usage: see Log.write.
+    """
+    due = lambda every: every > 0 and step % every == 0
+    log, step = parts["log"], restore(saved, parts)
+    stop = Stop()
+    if step and (due(recipe.eval_every) or step >= recipe.steps):
+        log.line(step, look(step))  # again or for the first time: checkpoints are written before evaluations
+    for step in range(step + 1, recipe.steps + 1):
+        yield step
+        evaluating = due(recipe.eval_every) or step == recipe.steps
+        if due(recipe.log_every) or evaluating:
+            log.write(step, recipe.batch_size, usage)
+        stopping = stop.asked()
+        if stopping or evaluating or due(recipe.keep_every):
+            data = {"kind": kind, "step": step, **facts, **{name: part.state_dict() for name, part in parts.items()}}
+            if rank() == 0:  # but the states were gathered in all processes
+                save_checkpoint(out / f"{kind}.pt", data)
+                if due(recipe.keep_every):
+                    save_checkpoint(out / f"{kind}-{step:06d}.pt", data)
+            barrier()
+        if stopping:
+            if rank() == 0:
+                print(f"stopped after step {step}, which is saved in {out / kind}.pt: continue with --resume", flush=True)
+            return
+        if evaluating:
+            log.line(step, look(step))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1199,23 +1384,42 @@ def bar(items, title: str, show: bool = True, scale: int = 1) -> tqdm:
 
 
 def run(main) -> None:
-    """Call a script's main; print a HitaError as one line and exit with status 2."""
+    """Call a script's main. What a user or the machine has caused is printed as one line, with exit status 2."""
     try:
         main()
-    except HitaError as e:
-        print(f"error: {str(e).splitlines()[-1]}", file=sys.stderr, flush=True)  # a data loader's worker adds its traceback
-        os._exit(2) if dist.is_initialized() else sys.exit(2)  # a rank that waits for the others must not hang here
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as e:
+        if not (message := explain(e)):
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2) if dist.is_initialized() else sys.exit(2)  # a rank that waits for the others must not hang here
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def explain(error: Exception) -> str:
+    """One line for what a user or the machine has caused, "" for what is a mistake of the program."""
+    text = str(error)
+    if isinstance(error, HitaError):  # a data loader's worker puts its traceback before the message
+        return text.splitlines()[-1].removeprefix("hita.HitaError: ")
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|size calculation overflow", text):
+        return f"not enough memory ({short(error)}); choose a smaller model, fewer or smaller pictures, or another --batch-size"
+    if "DataLoader worker" in text:
+        return f"a data loader process has died ({short(error)}); if memory is short, use fewer --workers"
+    if isinstance(error, OSError):
+        return short(error)
+    if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection|peer", text):
+        return f"another process of this run has ended ({short(error)})"
+    return ""
+
+
 def rank() -> int:
     """Index of this process, 0 without torchrun."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world() -> int:
@@ -1248,13 +1452,11 @@ def from_first(x: Tensor) -> Tensor:
 
 def barrier() -> None:
     """Wait until every process is here."""
-    if world() > 1:
-        dist.barrier()
+    all_sum(torch.zeros(1))
 
 
-def start(device: str | None, seed: int) -> torch.device:
-    """Join the process group that torchrun announces, choose the device, seed the random numbers."""
-    check(0 <= seed < 2 ** 32, f"seed is {seed}, it must lie between 0 and {2 ** 32 - 1}")
+def start(device: str | None) -> torch.device:
+    """Choose the device and join the process group that torchrun announces."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -1267,10 +1469,9 @@ def start(device: str | None, seed: int) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     if chosen.type == "cuda":
         torch.backends.cudnn.allow_tf32 = True  # for convolutions only: the quantizer's matmul must stay exact
-    torch.manual_seed(seed + rank())
     return chosen
 
 
@@ -1292,8 +1493,8 @@ class Parser(argparse.ArgumentParser):
     def add_choice(self, flag: str, choices: list[str], default: str, help: str) -> str:
         """Add a flag on which the defaults of others depend, and return its value at once."""
         early = Parser("", add_help=False)
-        for parser in (early, self):
-            parser.add_argument(flag, choices=choices, default=default, help=f"{help} [{default}]")
+        for parser, missing in ((early, default), (self, argparse.SUPPRESS)):
+            parser.add_argument(flag, choices=choices, default=missing, help=f"{help} [{default}]")
         return vars(early.parse_known_args()[0])[flag[2:].replace("-", "_")]
 
     def add_config(self, title: str, config, skip: tuple[str, ...] = ()) -> None:
@@ -1324,11 +1525,12 @@ def override(config, args: argparse.Namespace):
 
 
 def run_directory(path: str) -> Path:
-    """Make the directory that a run writes to. Raises HitaError if that is impossible."""
+    """Make the directory that a run writes to. Raises HitaError if that or writing to it is impossible."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as e:
-        raise HitaError(f"cannot make the run directory {path} ({short(e)}); choose another with --out") from e
+        raise HitaError(f"cannot write to the run directory {path} ({short(e)}); choose another with --out") from e
     return Path(path)
 
 
@@ -1358,6 +1560,8 @@ def fit(image: Image.Image, size: int, rng: np.random.Generator | None = None, c
     side = size if rng is None else int(rng.integers(size, math.ceil(size / crop_range) + 1))
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    if max(image.size) > 16 * min(image.size):  # of a strip only the middle: resized as a whole it could fill the memory
+        image = TF.center_crop(image, [min(length, 16 * min(image.size)) for length in (image.height, image.width)])
     scale = side / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     spare = image.width - size, image.height - size
@@ -1379,8 +1583,8 @@ class ImageFolder(torch.utils.data.Dataset):
     An item is asked for by (variant, index). augment=True draws crop and flip from (seed, variant, index), so that every
     epoch is a variant and a picture's augmentation depends on nothing else. augment=False: variant 0 is the centre crop,
     1 its mirror image, and further ones are augmented.
-    A picture that cannot be read is named once (in each loader process) and replaced by the next. Raises HitaError if
-    there are no pictures.
+    A picture that cannot be read is named once (by each process under torchrun) and replaced by the next. Raises HitaError if
+    there are no pictures, or if of up to 500 that are looked at here more than half cannot be read.
     """
 
     def __init__(self, root: str | Path, split: str, size: int, augment: bool = False, crop_range: float = 1.0, seed: int = 0):
@@ -1390,34 +1594,59 @@ class ImageFolder(torch.utils.data.Dataset):
         self.classes = sorted(d.name for d in (Path(root) / "train").iterdir() if d.is_dir())
         unknown = {d.name for d in self.folder.iterdir() if d.is_dir()} - set(self.classes)
         check(not unknown, f"{self.folder} has the class {min(unknown, default='')}, which the folder train has not")
-        self.files = [(path, label) for label, name in enumerate(self.classes)
-                      for path in sorted((self.folder / name).rglob("*")) if path.suffix.lower() in IMAGE_TYPES]
+        files = [(path, label) for label, name in enumerate(self.classes) for path in sorted((self.folder / name).rglob("*"))]
+        self.files = [(path, label) for path, label in files if path.suffix.lower() in IMAGE_TYPES]
         check(len(self.files) > 0, f"{self.folder} has no pictures in <class> folders ({', '.join(sorted(IMAGE_TYPES))})")
-        self.bad: set[Path] = set()
+        self.bad = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # seen by all loader processes
+        if rank() == 0:
+            self.report([path for path, _ in files if path.suffix.lower() not in IMAGE_TYPES and not path.is_dir()])
+        chosen = range(0, len(self.files), max(1, len(self.files) // 500))
+        unreadable = sum(self.read(i, quiet=rank() > 0) is None for i in chosen)
+        check(unreadable <= len(chosen) / 2, f"{unreadable} of the {len(chosen)} pictures looked at in {self.folder} cannot be read, "
+                                             "which is too many; replace them")
+
+    def report(self, ignored: list[Path]) -> None:
+        """Say which files and classes will not take part."""
+        empty = [name for i, name in enumerate(self.classes) if i not in {label for _, label in self.files}]
+        if ignored:
+            print(f"{self.folder}: {len(ignored)} files are ignored for their names, as {ignored[0]}", file=sys.stderr)
+        if empty:
+            print(f"{self.folder}: no pictures of {len(empty)} classes, as {empty[0]}", file=sys.stderr)
 
     def __len__(self) -> int:
         return len(self.files)
 
+    def read(self, index: int, quiet: bool = False) -> Image.Image | None:
+        """A picture as RGB; None if it cannot be read, and then it is named, unless it was before."""
+        path, _ = self.files[index]
+        try:
+            with warnings.catch_warnings(), Image.open(path) as image:
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as large it is an error
+                return on_white(image)
+        except Exception as e:  # decoders of damaged files raise nearly everything
+            if not self.bad[index]:
+                self.bad[index] = True
+                if not quiet:
+                    print(f"skipped {path}, {self.bad.sum()} so far: cannot be read ({short(e)})", file=sys.stderr, flush=True)
+
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
-        variant, index = item
-        for index in range(index, index + len(self.files)):
-            path, label = self.files[index % len(self.files)]
-            try:
-                with Image.open(path) as image:
-                    image = on_white(image)
+        variant, start = item
+        for index in range(start, start + len(self.files)):
+            if (image := self.read(index % len(self.files))) is not None:
                 break
-            except Exception as e:  # decoders of damaged files raise nearly everything
-                if path not in self.bad:
-                    self.bad.add(path)
-                    print(f"skipped {path}, {len(self.bad)} so far: cannot be read ({short(e)})", file=sys.stderr, flush=True)
         else:
             raise HitaError(f"none of the {len(self.files)} pictures in {self.folder} can be read")
+        label = self.files[index % len(self.files)][1]
         random = self.augment or variant > 1
         rng = np.random.default_rng((self.seed, variant, index)) if random else None
         pixels = fit(image, self.size, rng, self.crop_range)                                # (size, size, 3)
         if rng.random() < 0.5 if random else variant == 1:
             pixels = pixels[:, ::-1]
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1, label
+
+    def fingerprint(self) -> str:
+        """Equal for two folders with the same names in the same places: the order of the data depends on nothing else."""
+        return fingerprint(self.classes, [str(path.relative_to(self.folder)) for path, _ in self.files])
 
     def signature(self, variants: int) -> list:
         """What a cache made from these pictures depends on: classes, names, sizes and times of the files, preparation."""
@@ -1426,13 +1655,13 @@ class ImageFolder(torch.utils.data.Dataset):
         return [self.classes, stats, self.size, variants, random]
 
 
-def validation_data(root: str | Path, size: int) -> ImageFolder:
-    """DIR/val, or where there is none about a thousand pictures spread over DIR/train."""
-    if (Path(root) / "val").is_dir():
-        return ImageFolder(root, "val", size)
-    data = ImageFolder(root, "train", size)
-    data.files = data.files[::max(1, len(data) // 1000)]
-    return data
+def validation_data(train: ImageFolder) -> ImageFolder:
+    """The folder val beside the training pictures, or where there is none about a thousand of these, not augmented."""
+    if (train.folder.parent / "val").is_dir():
+        return ImageFolder(train.folder.parent, "val", train.size)
+    val, every = copy.copy(train), max(1, len(train) // 1000)
+    val.augment, val.files, val.bad = False, train.files[::every], train.bad[::every]
+    return val
 
 
 class Shuffled(torch.utils.data.Sampler):
@@ -1476,30 +1705,44 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 class Log:
-    """Averages metrics on the device and, at each `write`, prints one line and appends it to a file as JSON."""
+    """Keeps figures on the device and, at each `write`, prints their means as one line and appends them to a file as JSON."""
 
-    def __init__(self, path: Path, steps: int):
-        self.path, self.steps, self.sums, self.count, self.start = path, steps, {}, 0, time.time()
-        if rank() == 0:
-            path.unlink(missing_ok=True)
+    def __init__(self, path: Path, steps: int, device: torch.device):
+        self.path, self.steps, self.device = path, steps, device
+        self.values, self.hits, self.step = {}, None, 0     # figure -> its values up to this step; uses of codes
+        self.start, self.count = time.time(), 0             # steps since then, for the speed
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        """Metrics of one step, as scalars on the device; no host sync."""
+    def add(self, step: int, metrics: dict[str, Tensor], hits: Tensor | None = None) -> None:
+        """Figures of a step, as scalars on the device, and uses of codes to be summed up; no host sync."""
         for name, value in metrics.items():
-            pair = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])
-            self.sums[name] = self.sums.get(name, 0) + pair
-        self.count += 1
+            self.values.setdefault(name, []).append(value.detach().float())
+        self.hits = hits if self.hits is None else self.hits + hits
+        self.step, self.count = step, self.count + 1
 
-    def write(self, step: int, images: int, extra: dict[str, float]) -> None:
-        """Means since the last call, and the speed; images: pictures per step over all processes.
-        Raises HitaError if a figure is not finite."""
-        sums = all_sum(torch.stack(list(self.sums.values())))                               # (metrics, 2)
-        metrics = dict(zip(self.sums, (sums[:, 0] / sums[:, 1]).tolist()))
-        for name, value in metrics.items():
-            check(math.isfinite(value), f"{name} is {value} before step {step}: the run has diverged; try a lower --lr")
+    def gather(self) -> None:
+        """Replace values and hits by their means over all processes. Raises HitaError if a value is not finite."""
+        if not self.values:
+            return
+        means = all_sum(torch.stack(sum(self.values.values(), []))) / world()
+        self.hits = None if self.hits is None else all_sum(self.hits) / world()
+        rest, bad = means.tolist(), []
+        for name, values in self.values.items():                                            # the last value is of this step
+            self.values[name], means = list(means[:len(values)]), means[len(values):]
+            bad += [(self.step - i, name) for i, x in enumerate(reversed(rest[:len(values)])) if not math.isfinite(x)]
+            rest = rest[len(values):]
+        step = min(bad, default=(0,))[0]
+        check(not bad, f"step {step}: {', '.join(name for s, name in bad if s == step)} not finite, the run has diverged. It reached "
+                       "neither the weights nor a checkpoint: go on from the last one with --resume and a lower --lr")
+
+    def write(self, step: int, images: int, usage=None) -> None:
+        """Print means since the last call, figures made by `usage` from the hits, and the speed; images: pictures per step over
+        all processes. Raises HitaError if a figure is not finite."""
+        self.gather()
+        metrics = {name: torch.stack(values).mean().item() for name, values in self.values.items()}
         speed = self.count / (time.time() - self.start)                                     # steps per second
-        self.line(step, metrics | extra | {"images/s": speed * images, "eta_min": (self.steps - step) / speed / 60})
-        self.sums, self.count = {}, 0
+        self.line(step, metrics | (usage(self.hits) if usage else {})
+                  | {"images/s": speed * images, "eta_min": (self.steps - step) / speed / 60})
+        self.values, self.hits = {}, None
 
     def line(self, step: int, metrics: dict[str, float]) -> None:
         """Print and append one line of figures."""
@@ -1508,7 +1751,24 @@ class Log:
             print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}", flush=True)
             with open(self.path, "a") as f:
                 f.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.start = time.time()  # what came between the steps does not count as training
+        self.start, self.count = time.time(), 0  # what came between the steps does not count as training
+
+    def state_dict(self) -> dict:
+        """What has been added since the last line, and the length of the file."""
+        self.gather()
+        values = {name: torch.stack(values) for name, values in self.values.items()}
+        return {"step": self.step, "values": values, "hits": self.hits, "bytes": os.path.getsize(self.path) if self.path.exists() else 0}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state_dict` was called; lines that were written later are removed."""
+        self.step, self.hits = state["step"], None if state["hits"] is None else state["hits"].to(self.device)
+        self.values = {name: list(values.to(self.device)) for name, values in state["values"].items()}
+        self.truncate(state["bytes"])
+
+    def truncate(self, length: int) -> None:
+        """Shorten the file to so many bytes, if it is longer."""
+        if rank() == 0 and self.path.exists() and os.path.getsize(self.path) > length:
+            os.truncate(self.path, length)
 
 
 def spread(num_classes: int, count: int = 12) -> list[int]:

@@ -10,6 +10,7 @@ Where nothing has been trained, a released model that runs on a laptop is downlo
 """
 
 import difflib
+import re
 import time
 from pathlib import Path
 
@@ -104,21 +105,26 @@ def choose(args) -> tuple[str, str, str]:
     return hita.RELEASED[DEFAULT].tokenizer, DEFAULT, f"released models, since nothing was trained in {out}"
 
 
-def load(args) -> tuple[hita.HitaTokenizer, hita.Llama, list[str]]:
-    """-> tokenizer, Llama, class names. Raises HitaError if the two do not belong together."""
+def load(args) -> tuple[hita.HitaTokenizer, hita.Llama, list[str], list[int]]:
+    """-> tokenizer, Llama, names of all classes, indices of those asked for. Raises HitaError if the two do not belong together
+    or have no such class; what can be said before a download is."""
     tokenizer_path, llama_path, reason = choose(args)
     print(f"using {tokenizer_path} and {llama_path}: {reason}", flush=True)
+    imagenet = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    if llama_path in hita.RELEASED:
+        class_indices(args.classes, imagenet)
     hita.fetch(*(path for path in (tokenizer_path, llama_path) if path in hita.TOKENIZER_FILES | hita.LLAMA_FILES),
                otherwise="train the demo with `python train_tokenizer.py && python train_ar.py`")
-    tokenizer, llama = hita.load_tokenizer(tokenizer_path), hita.load_llama(llama_path)
-    data = hita.read_checkpoint(llama_path, "llama")
+    tokenizer, data = hita.load_tokenizer(tokenizer_path), hita.read_checkpoint(llama_path, "llama")
+    names = [str(i) for i in range(data["config"].num_classes)] if data["config"].num_classes != len(imagenet) else imagenet
+    names = data.get("classes", names)
+    chosen = class_indices(args.classes, names)
+    llama = hita.load_llama(llama_path)
     same = all(getattr(tokenizer.cfg, name) == getattr(llama.cfg, name) for name in ("num_global", "grid", "codebook_size"))
     hita.check(same and data.get("tokenizer") in (None, hita.fingerprint(tokenizer)),
                f"{llama_path} was trained on another tokenizer than {tokenizer_path}; train it again with `python train_ar.py`")
     llama.cfg.released_sampling |= args.released_sampling
-    if len(names := ResNet50_Weights.IMAGENET1K_V1.meta["categories"]) != llama.cfg.num_classes:
-        names = [str(i) for i in range(llama.cfg.num_classes)]
-    return tokenizer, llama, data.get("classes") or names
+    return tokenizer, llama, names, chosen
 
 
 def decode(tokenizer: hita.HitaTokenizer, global_ids: torch.Tensor, patch_ids: torch.Tensor, native: bool) -> torch.Tensor:
@@ -140,7 +146,8 @@ def write_pictures(images: torch.Tensor, labels: list[str], image: Path, columns
         if single:
             image.with_suffix("").mkdir(exist_ok=True)
             for i, (picture, label) in enumerate(zip(images, labels)):
-                hita.save_grid(picture[None], image.with_suffix("") / f"{label.replace(' ', '_')}-{i:04d}.png", 1)
+                name = re.sub(r"[^\w.-]", "_", label)[:60]
+                hita.save_grid(picture[None], image.with_suffix("") / f"{name}-{i:04d}.png", 1)
     except OSError as e:
         raise hita.HitaError(f"cannot write {image} ({hita.short(e)}); choose another place with --image x.png") from e
 
@@ -149,13 +156,14 @@ def main():
     args = parse_args()
     if args.list:
         return list_models()
-    hita.check(args.num >= 1, f"--num is {args.num}, it must be at least 1")
+    hita.check(1 <= args.num <= 10_000, f"--num is {args.num}, it must lie between 1 and 10000")
+    hita.check(0 <= args.seed < 2 ** 32, f"--seed is {args.seed}, it must lie between 0 and {2 ** 32 - 1}")
+    hita.check_sampling(args.cfg_scale, args.temperature, args.top_k, args.top_p)
     image = Path(args.image or Path(args.out or "out") / "samples.png")
     hita.check(image.suffix.lower() in hita.IMAGE_TYPES, f"--image is {image}, its ending must be that of a picture, as .png")
-    device = hita.start(args.device, args.seed)
-    tokenizer, llama, names = load(args)
+    device = hita.start(args.device)
+    tokenizer, llama, names, chosen = load(args)
     tokenizer, llama = tokenizer.to(device), llama.to(device)
-    chosen = class_indices(args.classes, names)
     class_ids = torch.tensor(chosen, device=device).repeat_interleave(args.num)
     generator = torch.Generator(device).manual_seed(args.seed)
     start, images = time.time(), []

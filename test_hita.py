@@ -93,7 +93,7 @@ def test_contradictory_tokenizer_settings_are_refused(changes):
 
 
 @pytest.mark.parametrize("config, files", [(hita.TokenizerConfig, ["hita.py"]), (hita.LlamaConfig, ["hita.py"]),
-                                           (train_tokenizer.Training, ["train_tokenizer.py"]), (train_ar.Training, ["train_ar.py"])])
+                                           (train_tokenizer.Training, ["train_tokenizer.py", "hita.py"]), (train_ar.Training, ["train_ar.py", "hita.py"])])
 def test_every_setting_is_read(config, files):
     text = "".join((ROOT / f).read_text() for f in files)
     for field in dataclasses.fields(config):
@@ -422,9 +422,9 @@ def test_filters():
     assert kept(top_p=0.4) == [True, False, False, False] and kept(top_p=0.9) == [True, True, True, False]
     assert hita.filter_logits(torch.tensor([[1.0, 1.0, 0.0]]), top_k=1)[0].tolist() == [1, 1, -torch.inf]  # ties stay
     assert torch.allclose(hita.filter_logits(logits, temperature=0.5), 2 * logits)
-    for wrong in (dict(temperature=0.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5)):
-        with pytest.raises(hita.HitaError):
-            hita.filter_logits(logits, **wrong)
+    for wrong in (dict(temperature=0.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5), dict(cfg_scale=float("nan"))):
+        with pytest.raises(hita.HitaError, match=next(iter(wrong))):
+            tiny_llama().generate(torch.tensor([0]), **wrong)
 
 
 def test_class_labels_are_dropped_at_the_given_rate_while_training_only():
@@ -852,12 +852,12 @@ def test_data_folders_without_pictures_are_refused(tmp_path):
 def test_validation_data(tmp_path):
     root = picture_folder(tmp_path)
     (root / "val/class0").rename(tmp_path / "away")                    # labels are those of train all the same
-    assert {label for _, label in hita.validation_data(root, 16).files} == {1, 2, 3, 4}
+    assert {label for _, label in hita.validation_data(hita.ImageFolder(root, "train", 16)).files} == {1, 2, 3, 4}
     (root / "val/other").mkdir()
     with pytest.raises(hita.HitaError, match="class other"):
-        hita.validation_data(root, 16)
+        hita.validation_data(hita.ImageFolder(root, "train", 16))
     (root / "val").rename(tmp_path / "away2")
-    assert hita.validation_data(root, 16).files == hita.ImageFolder(root, "train", 16).files
+    assert hita.validation_data(hita.ImageFolder(root, "train", 16)).files == hita.ImageFolder(root, "train", 16).files
 
 
 def test_batches_go_through_every_epoch_once_and_can_start_anywhere():

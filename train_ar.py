@@ -3,11 +3,13 @@
     python train_ar.py                              the demo, on the tokenizer that train_tokenizer.py left in out/
     torchrun --nproc_per_node 8 train_ar.py --preset B --tokenizer hita-tok.pt --data imagenet      size B on ImageNet
     python train_ar.py --steps 5000 --out out-long  the demo, longer
+    python train_ar.py --resume                     go on with the run in out/
     python train_ar.py --preset B --tokenizer hita-u --init-from hita-u-b-250e --data DIR           fine-tune a released one
 
 The pictures are encoded once, into tokens-train.npy in the run directory: memory-mapped rows of [class, M global ids,
 N patch ids], the plain centre crop and its mirror image, and more augmented copies with --copies. The Llama trains on ids
-alone. The run directory gets llama.pt, llama.jsonl (one line of figures per log interval) and llama-<step>.png (samples).
+alone. The run directory gets llama.pt (the newest state of the run), llama.jsonl (one line of figures per log interval) and
+llama-<step>.png (samples). SIGTERM or Ctrl-C while it trains: the step is finished, the run saved.
 """
 
 import copy
@@ -32,43 +34,42 @@ NO_FLAGS = ("num_classes", "num_global", "grid", "codebook_size", "released_samp
 @dataclass
 class Training:
     """The recipe. The defaults are the released one (300 epochs of ImageNet)."""
-    steps: int = option(1_501_200, "optimizer steps")
+    steps: int = option(1_501_200, "optimizer steps", high=10 ** 9)
     batch_size: int = option(256, "pictures per step, over all processes")
-    lr: float = option(1e-4, "learning rate")
-    lr_final: float = option(1e-4, "learning rate at the end of the cosine schedule")
-    warmup: int = option(0, "steps of linear warm-up")
-    weight_decay: float = option(0.05, "weight decay of matrices and embeddings")
-    clip: float = option(1.0, "gradient norm is clipped to this")
-    ema: float = option(0.9999, "decay of the averaged weights")
-    copies: int = option(2, "versions of each picture in the token cache: 1 plain, 2 and mirrored, more are augmented")
-    crop_range: float = option(0.8, "augmented copies show between this share of a picture's side and all of it")
-    sample_cfg: float = option(1.5, "guidance scale of the sample grids")
-    seed: int = option(0, "seed of weights, data order and dropout")
-    log_every: int = option(100, "steps between log lines")
-    eval_every: int = option(5000, "steps between evaluations, samples and checkpoints")
-    workers: int = option(8, "data loader processes while encoding; 0 loads in this one")
+    lr: float = option(1e-4, "learning rate", 1e-12)
+    lr_final: float = option(1e-4, "learning rate at the end of the cosine schedule", 1e-12)
+    warmup: int = option(0, "steps of linear warm-up", 0, 10 ** 9)
+    weight_decay: float = option(0.05, "weight decay of matrices and embeddings", 0)
+    clip: float = option(1.0, "gradient norm is clipped to this", 1e-12)
+    ema: float = option(0.9999, "decay of the averaged weights", 0, 0.999999)
+    copies: int = option(2, "versions of each picture in the token cache: 1 plain, 2 and mirrored, more are augmented", high=1000)
+    crop_range: float = option(0.8, "augmented copies show between this share of a picture's side and all of it", 0.01, 1)
+    sample_cfg: float = option(1.5, "guidance scale of the sample grids", 0)
+    seed: int = option(0, "seed of weights, data order and dropout", 0, 2 ** 32 - 1)
+    log_every: int = option(100, "steps between log lines", high=10 ** 9)
+    eval_every: int = option(5000, "steps between evaluations, samples and checkpoints", high=10 ** 9)
+    keep_every: int = option(100_000, "checkpoints of multiples of this step are kept, 0 keeps only the newest", 0, 10 ** 9)
+    workers: int = option(8, "data loader processes while encoding; 0 loads in this one", 0, 1024)
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "lr", "lr_final", "clip", "copies", "log_every", "eval_every"):
-            hita.check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be positive")
-        for name in ("warmup", "weight_decay", "sample_cfg", "workers", "seed"):
-            hita.check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, it must be 0 or more")
-        hita.check(0 < self.crop_range <= 1, f"crop_range is {self.crop_range}, it must be in (0, 1]")
-        hita.check(0 <= self.ema < 1, f"ema is {self.ema}, it must be in [0, 1)")
+        hita.check_options(self)
 
 
 RECIPES = {size: Training() for size in hita.LLAMA_SIZES if size != "emoji"} | {
     "emoji": Training(steps=2000, batch_size=32, lr=3e-3, lr_final=1e-4, warmup=100, ema=0.99, sample_cfg=2.0, log_every=50,
-                      eval_every=500, workers=0)}
+                      eval_every=500, keep_every=0, workers=0)}
 
 
 def parse_args():
-    """Command line -> (arguments, Llama configuration but for what the tokenizer decides, recipe)."""
+    """Command line -> (arguments, Llama configuration but for what data and tokenizer decide, recipe, checkpoint to resume or
+    None). Flags that are not given have the values of the checkpoint, without one those of the preset."""
     parser = hita.Parser(__doc__)
     preset = parser.add_choice("--preset", list(RECIPES), "emoji", "size of the Llama and recipe to start from")
     parser.add_argument("--data", help="folder with train/<class>/<pictures> and val/... [the embedded emoji pictures]")
     parser.add_argument("--tokenizer", help="tokenizer checkpoint, or hita-v or hita-u [tokenizer.pt in the run directory]")
     parser.add_argument("--out", default="out", help="run directory [out]")
+    parser.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help="go on with a run: from this checkpoint, or "
+                        "from the newest in the run directory, where a new run starts if there is none")
     parser.add_argument("--device", help="cuda, mps or cpu [the best there is]")
     parser.add_argument("--init-from", metavar="CHECKPOINT", help="fine-tune: start from the weights of this file or released "
                         "model (`python sample.py --list`), with its --preset [random weights]")
@@ -76,7 +77,11 @@ def parse_args():
     parser.add_config("model", hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), skip=NO_FLAGS)
     parser.add_config("training", RECIPES[preset])
     args = parser.parse_args()
-    return args, hita.override(hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), args), hita.override(RECIPES[preset], args)
+    cfg, recipe = hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), RECIPES[preset]
+    saved = hita.find_run(args, "llama", Training)
+    if saved and not hasattr(args, "preset"):
+        cfg, recipe = saved["config"], saved["recipe"]
+    return args, hita.override(cfg, args), hita.override(recipe, args), saved
 
 
 @torch.no_grad()
@@ -177,18 +182,23 @@ def sample_grid(ema: hita.Llama, tokenizer: hita.HitaTokenizer, recipe: Training
 
 
 def main():
-    args, llama_cfg, recipe = parse_args()
-    device = hita.start(args.device, recipe.seed)
-    tokenizer = hita.load_tokenizer(args.tokenizer or Path(args.out) / "tokenizer.pt").to(device)
+    args, cfg, recipe, saved = parse_args()
+    device = hita.start(args.device)
+    tokenizer_file = args.tokenizer or str(Path(args.out) / "tokenizer.pt")
+    tokenizer = hita.load_tokenizer(tokenizer_file).to(device)
+    train = hita.ImageFolder(args.data or hita.embedded_data(), "train", tokenizer.cfg.image_size, False, recipe.crop_range, recipe.seed)
+    val = hita.validation_data(train)
+    cfg = dataclasses.replace(cfg, num_classes=len(train.classes), num_global=tokenizer.cfg.num_global, grid=tokenizer.cfg.grid,
+                              codebook_size=tokenizer.cfg.codebook_size)
+    if saved:
+        hita.check_settings(saved, cfg, recipe, train)
+        hita.check(saved.get("tokenizer") == hita.fingerprint(tokenizer), f"{saved['path']} was trained on another tokenizer than "
+                   f"{tokenizer_file}; give the same --tokenizer, or start a new run in another directory")
     out = hita.run_directory(args.out)
     hita.attach_dino(tokenizer, args.dino_file)
-    root, cfg = args.data or hita.embedded_data(), tokenizer.cfg
-    train = hita.ImageFolder(root, "train", cfg.image_size, False, recipe.crop_range, recipe.seed)
-    val = hita.validation_data(root, cfg.image_size)
     torch.manual_seed(recipe.seed)
-    llama = hita.Llama(dataclasses.replace(llama_cfg, num_classes=len(train.classes), num_global=cfg.num_global, grid=cfg.grid,
-                                           codebook_size=cfg.codebook_size))
-    if args.init_from:
+    llama = hita.Llama(cfg)
+    if args.init_from and not saved:
         start_llama(llama, args.init_from, train.classes)
     llama = llama.to(device)
     tokens = token_cache(out / "tokens-train.npy", tokenizer, train, recipe.copies, device, recipe)
@@ -197,15 +207,27 @@ def main():
     ema = copy.deepcopy(llama).eval().requires_grad_(False)
     model = DDP(llama, broadcast_buffers=False) if hita.world() > 1 else llama
     optimizer = make_optimizer(llama, recipe)
+    log = hita.Log(out / "llama.jsonl", recipe.steps, device)
+    parts = {"model": llama, "ema": ema, "optimizer": optimizer, "log": log, "random": hita.RandomState(device)}
+    facts = {"config": dataclasses.asdict(cfg), "recipe": dataclasses.asdict(recipe), "pictures": train.fingerprint(),
+             "classes": train.classes, "tokenizer": hita.fingerprint(tokenizer),
+             "files": {"data": args.data, "tokenizer": args.tokenizer, "dino_file": args.dino_file}}
     torch.manual_seed(recipe.seed + hita.rank())  # dropout differs between the processes
     if hita.rank() == 0:
-        report_usage(tokens, cfg)
+        report_usage(tokens, tokenizer.cfg)
         print(f"llama {sum(p.numel() for p in llama.parameters()) / 1e6:.1f}M parameters, {len(tokens)} rows of ids, "
-              f"{device} x {hita.world()}\n{llama.cfg}\n{recipe}", flush=True)
-    batches = iter(hita.Shuffled(len(tokens), recipe.batch_size, recipe.seed))
-    log = hita.Log(out / "llama.jsonl", recipe.steps)
+              f"{device} x {hita.world()}\n{cfg}\n{recipe}", flush=True)
+    batches = iter(hita.Shuffled(len(tokens), recipe.batch_size, recipe.seed, first_step=saved["step"] if saved else 0))
     llama.train()
-    for step in range(1, recipe.steps + 1):
+
+    def look(step: int) -> dict[str, float]:
+        figures = evaluate(ema, val_tokens, device)
+        if hita.rank() == 0:
+            sample_grid(ema, tokenizer, recipe, device, out / f"llama-{step:06d}.png")
+        hita.barrier()
+        return figures
+
+    for step in hita.steps(out, "llama", recipe, parts, facts, saved, look):
         rows = tokens[[index for _, index in next(batches)]]
         class_ids, global_ids, patch_ids = split(rows, cfg.num_global, device)
         for group in optimizer.param_groups:
@@ -213,25 +235,13 @@ def main():
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(class_ids, global_ids, patch_ids)
         global_loss, patch_loss = hita.llama_losses(*logits, global_ids, patch_ids)
+        loss = global_loss + patch_loss
         optimizer.zero_grad()
-        (global_loss + patch_loss).backward()
+        loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), recipe.clip)
-        optimizer.step()
+        hita.careful_step(optimizer, loss, grad_norm)
         hita.update_ema(ema, llama, recipe.ema)
-        log.add(({"global": global_loss} if cfg.num_global else {}) | {"patch": patch_loss, "grad": grad_norm})
-        evaluating = step % recipe.eval_every == 0 or step == recipe.steps
-        if step % recipe.log_every == 0 or evaluating:  # before a checkpoint too: a diverged run stops here
-            log.write(step, recipe.batch_size, {})
-        if evaluating:
-            figures = evaluate(ema, val_tokens, device)
-            if hita.rank() == 0:
-                sample_grid(ema, tokenizer, recipe, device, out / f"llama-{step:06d}.png")
-                hita.save_checkpoint(out / "llama.pt", {
-                    "kind": "llama", "config": dataclasses.asdict(llama.cfg), "recipe": dataclasses.asdict(recipe),
-                    "classes": train.classes, "tokenizer": hita.fingerprint(tokenizer), "step": step,
-                    "model": llama.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
-            hita.barrier()
-            log.line(step, figures)
+        log.add(step, ({"global": global_loss} if cfg.num_global else {}) | {"patch": patch_loss, "grad": grad_norm})
 
 
 if __name__ == "__main__":

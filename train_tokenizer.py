@@ -3,12 +3,13 @@
     python train_tokenizer.py                                    the demo: embedded emoji pictures, minutes on a laptop CPU
     torchrun --nproc_per_node 8 train_tokenizer.py --preset hita-v --data imagenet      the released model
     python train_tokenizer.py --steps 3000 --out out-long        the demo, longer
-    python train_tokenizer.py --k 0                              an ablation: globals may be ignored
+    python train_tokenizer.py --k 0 --out out-k0                 an ablation: globals may be ignored
+    python train_tokenizer.py --resume                           go on with the run in out/
     python train_tokenizer.py --preset hita-u --init-from hita-u --data DIR      fine-tune the released Hita-U
 
 --data DIR holds train/<class>/<pictures> and, if there is a validation split, val/<class>/<pictures>.
-The run directory gets tokenizer.pt (weights, EMA weights, optimizers), tokenizer.jsonl (one line of figures per log
-interval) and tokenizer-<step>.png (originals beside reconstructions).
+The run directory gets tokenizer.pt (the newest state of the run), tokenizer.jsonl (one line of figures per log interval) and
+tokenizer-<step>.png (originals beside reconstructions). SIGTERM or Ctrl-C: the step is finished, the run saved.
 """
 
 import copy
@@ -27,46 +28,45 @@ from hita import option
 @dataclass
 class Training:
     """The recipe. The defaults are the released one (50 epochs of ImageNet); one epoch is 5,004 steps there."""
-    steps: int = option(250_200, "optimizer steps")
+    steps: int = option(250_200, "optimizer steps", high=10 ** 9)
     batch_size: int = option(256, "pictures per step, over all processes")
-    lr: float = option(1e-4, "learning rate of generator and discriminator")
-    lr_final: float = option(1e-4, "learning rate at the end of the generator's cosine schedule")
-    warmup: int = option(20_016, "steps of linear warm-up of the generator")
-    clip: float = option(1.0, "gradient norm is clipped to this, separately for generator and discriminator")
-    ema: float = option(0.9999, "decay of the averaged weights")
-    lpips_weight: float = option(1.0, "weight of the perceptual loss")
-    gan_weight: float = option(0.5, "weight of the adversarial loss")
-    gan_start: int = option(20_000, "step at which the discriminator and its loss come in")
-    gan_width: int = option(64, "channels of the discriminator's first layer")
-    crop_range: float = option(0.8, "augmentation: random crops show between this share of a picture's side and all of it")
-    seed: int = option(0, "seed of weights, data order and augmentation")
-    log_every: int = option(100, "steps between log lines")
-    eval_every: int = option(5000, "steps between evaluations, pictures and checkpoints")
-    workers: int = option(8, "data loader processes; 0 loads in this one")
+    lr: float = option(1e-4, "learning rate of generator and discriminator", 1e-12)
+    lr_final: float = option(1e-4, "learning rate at the end of the generator's cosine schedule", 1e-12)
+    warmup: int = option(20_016, "steps of linear warm-up of the generator", 0, 10 ** 9)
+    clip: float = option(1.0, "gradient norm is clipped to this, separately for generator and discriminator", 1e-12)
+    ema: float = option(0.9999, "decay of the averaged weights", 0, 0.999999)
+    lpips_weight: float = option(1.0, "weight of the perceptual loss", 0)
+    gan_weight: float = option(0.5, "weight of the adversarial loss", 0)
+    gan_start: int = option(20_000, "step at which the discriminator and its loss come in", high=10 ** 9)
+    gan_width: int = option(64, "channels of the discriminator's first layer", high=4096)
+    crop_range: float = option(0.8, "augmentation: random crops show between this share of a picture's side and all of it", 0.01, 1)
+    seed: int = option(0, "seed of weights, data order and augmentation", 0, 2 ** 32 - 1)
+    log_every: int = option(100, "steps between log lines", high=10 ** 9)
+    eval_every: int = option(5000, "steps between evaluations, pictures and checkpoints", high=10 ** 9)
+    keep_every: int = option(50_000, "checkpoints of multiples of this step are kept, 0 keeps only the newest", 0, 10 ** 9)
+    workers: int = option(8, "data loader processes; 0 loads in this one", 0, 1024)
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "eval_every", "gan_width", "gan_start", "lr", "lr_final", "clip"):
-            hita.check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, it must be positive")
-        for name in ("warmup", "lpips_weight", "gan_weight", "workers", "seed"):
-            hita.check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, it must be 0 or more")
-        hita.check(0 < self.crop_range <= 1, f"crop_range is {self.crop_range}, it must be in (0, 1]")
-        hita.check(0 <= self.ema < 1, f"ema is {self.ema}, it must be in [0, 1)")
+        hita.check_options(self)
 
 
 RECIPES = {
     "hita-v": Training(),
     "hita-u": Training(),
     "emoji": Training(steps=1300, batch_size=16, lr=1e-3, lr_final=1e-4, warmup=50, ema=0.99, lpips_weight=0.0, gan_weight=0.03,
-                      gan_start=1000, gan_width=32, crop_range=1.0, log_every=50, eval_every=650, workers=0),
+                      gan_start=1000, gan_width=32, crop_range=1.0, log_every=50, eval_every=650, keep_every=0, workers=0),
 }
 
 
 def parse_args():
-    """Command line -> (arguments, tokenizer configuration, recipe). The preset gives the defaults of all other flags."""
+    """Command line -> (arguments, tokenizer configuration, recipe, checkpoint to resume or None). Flags that are not given
+    have the values of the checkpoint, without one those of the preset."""
     parser = hita.Parser(__doc__)
     preset = parser.add_choice("--preset", list(RECIPES), "emoji", "model and recipe to start from")
     parser.add_argument("--data", help="folder with train/<class>/<pictures> and val/... [the embedded emoji pictures]")
     parser.add_argument("--out", default="out", help="run directory [out]")
+    parser.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help="go on with a run: from this checkpoint, or "
+                        "from the newest in the run directory, where a new run starts if there is none")
     parser.add_argument("--device", help="cuda, mps or cpu [the best there is]")
     parser.add_argument("--init-from", metavar="CHECKPOINT", help="fine-tune: start from the weights of this file or released "
                         "tokenizer (hita-v, hita-u), with the preset and flags it was trained with [random weights]")
@@ -76,7 +76,11 @@ def parse_args():
     args = parser.parse_args()
     if getattr(args, "num_global", None) == 0 and not hasattr(args, "k"):
         args.k = 0  # without global tokens there is nothing to replace patches with
-    return args, hita.override(hita.TOKENIZERS[preset], args), hita.override(RECIPES[preset], args)
+    cfg, recipe = hita.TOKENIZERS[preset], RECIPES[preset]
+    saved = hita.find_run(args, "tokenizer", Training)
+    if saved and not hasattr(args, "preset"):
+        cfg, recipe = saved["config"], saved["recipe"]
+    return args, hita.override(cfg, args), hita.override(recipe, args), saved
 
 
 def build(cfg: hita.TokenizerConfig, recipe: Training, device: torch.device, dino_file: str | None, init_from: str | None):
@@ -130,9 +134,9 @@ def discriminator_step(images: torch.Tensor, recon: torch.Tensor, judge: torch.n
         loss = hita.discriminator_loss(real, fake)
     optimizer.zero_grad()
     (recipe.gan_weight * loss).backward()
-    torch.nn.utils.clip_grad_norm_(judge.parameters(), recipe.clip)
-    optimizer.step()
-    return {"disc": loss, "D(real)": real.mean(), "D(fake)": fake.mean()}
+    grad_norm = torch.nn.utils.clip_grad_norm_(judge.parameters(), recipe.clip)
+    hita.careful_step(optimizer, loss, grad_norm)
+    return {"disc": loss, "D(real)": real.mean(), "D(fake)": fake.mean(), "D(grad)": grad_norm}
 
 
 @torch.no_grad()
@@ -170,27 +174,33 @@ def usage(hits: torch.Tensor) -> dict[str, float]:
 
 
 def main():
-    args, cfg, recipe = parse_args()
-    device = hita.start(args.device, recipe.seed)
-    root = args.data or hita.embedded_data()
-    train = hita.ImageFolder(root, "train", cfg.image_size, True, recipe.crop_range, recipe.seed)
-    val = hita.validation_data(root, cfg.image_size)
-    tokenizer, ema, discriminator, perceptual = build(cfg, recipe, device, args.dino_file, args.init_from)
+    args, cfg, recipe, saved = parse_args()
+    device = hita.start(args.device)
+    train = hita.ImageFolder(args.data or hita.embedded_data(), "train", cfg.image_size, True, recipe.crop_range, recipe.seed)
+    val = hita.validation_data(train)
+    if saved:
+        hita.check_settings(saved, cfg, recipe, train)
     out = hita.run_directory(args.out)
+    tokenizer, ema, discriminator, perceptual = build(cfg, recipe, device, args.dino_file, None if saved else args.init_from)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+    log = hita.Log(out / "tokenizer.jsonl", recipe.steps, device)
+    parts = {"model": tokenizer, "ema": ema, "discriminator": discriminator, "optimizer": optimizer, "optimizer_d": optimizer_d,
+             "log": log, "random": hita.RandomState(device)}
+    facts = {"config": dataclasses.asdict(cfg), "recipe": dataclasses.asdict(recipe), "pictures": train.fingerprint(),
+             "files": {"data": args.data, "dino_file": args.dino_file}}
     model, judge = tokenizer, discriminator
     if hita.world() > 1:
         model, judge = DDP(tokenizer, broadcast_buffers=False), DDP(discriminator, broadcast_buffers=False)
-    batches = iter(DataLoader(train, batch_sampler=hita.Shuffled(len(train), recipe.batch_size, recipe.seed),
-                              num_workers=recipe.workers, pin_memory=device.type == "cuda"))
+    order = hita.Shuffled(len(train), recipe.batch_size, recipe.seed, first_step=saved["step"] if saved else 0)
+    batches = iter(DataLoader(train, batch_sampler=order, num_workers=recipe.workers, worker_init_fn=hita.ignore_signals,
+                              pin_memory=device.type == "cuda"))
     if hita.rank() == 0:
         print(f"tokenizer {sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f}M parameters, {len(train)} pictures, "
               f"{device} x {hita.world()}\n{cfg}\n{recipe}", flush=True)
-    log = hita.Log(out / "tokenizer.jsonl", recipe.steps)
-    hits = torch.zeros(2, cfg.codebook_size, device=device)
     tokenizer.train()
-    for step in range(1, recipe.steps + 1):
+    look = lambda step: evaluate(ema, val, device, out / f"tokenizer-{step:06d}.png")
+    for step in hita.steps(out, "tokenizer", recipe, parts, facts, saved, look, usage):
         images = next(batches)[0].to(device, non_blocking=True, memory_format=torch.channels_last)   # (B, 3, H, W)
         for group in optimizer.param_groups:
             group["lr"] = hita.learning_rate(step, recipe.steps, recipe.warmup, recipe.lr, recipe.lr_final)
@@ -205,7 +215,7 @@ def main():
         optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), recipe.clip)
-        optimizer.step()
+        hita.careful_step(optimizer, loss, grad_norm)
         hita.update_ema(ema, tokenizer, recipe.ema)
         metrics = {"loss": loss, **losses, "grad": grad_norm}
 
@@ -214,21 +224,7 @@ def main():
             discriminator.requires_grad_(True)
             metrics |= discriminator_step(images, result.recon.detach(), judge, optimizer_d, recipe)
 
-        log.add(metrics)
-        hits += both_counts(result, cfg)
-        evaluating = step % recipe.eval_every == 0 or step == recipe.steps
-        if step % recipe.log_every == 0 or evaluating:  # before a checkpoint too: a diverged run stops here
-            log.write(step, recipe.batch_size, usage(hita.all_sum(hits)))
-            hits.zero_()
-        if evaluating:
-            figures = evaluate(ema, val, device, out / f"tokenizer-{step:06d}.png")
-            if hita.rank() == 0:
-                hita.save_checkpoint(out / "tokenizer.pt", {
-                    "kind": "tokenizer", "config": dataclasses.asdict(cfg), "recipe": dataclasses.asdict(recipe), "step": step,
-                    "model": tokenizer.state_dict(), "ema": ema.state_dict(), "discriminator": discriminator.state_dict(),
-                    "optimizer": optimizer.state_dict(), "optimizer_d": optimizer_d.state_dict()})
-            hita.barrier()
-            log.line(step, figures)
+        log.add(step, metrics, both_counts(result, cfg))
 
 
 if __name__ == "__main__":
