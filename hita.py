@@ -1295,7 +1295,7 @@ class RandomState:
         """With another number of processes or another device the random numbers start anew."""
         for name, module in self.modules.items():
             if name in states and len(states[name]) == world():
-                module.set_rng_state(states[name][rank()])
+                module.set_rng_state(states[name][rank()].clone())
             elif rank() == 0:
                 print(f"random numbers on {name} start anew: the run had other devices or another number of processes")
 
