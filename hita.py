@@ -1343,6 +1343,8 @@ def steps(out: Path, kind: str, recipe, parts: dict, facts: dict, saved: dict | 
     due = lambda every: every > 0 and step % every == 0
     log, step = parts["log"], restore(saved, parts)
     stop = Stop()
+    for unfinished in out.glob(f"{kind}*.tmp") if rank() == 0 else ():
+        unfinished.unlink()  # of a run that was killed while it saved
     if step and (due(recipe.eval_every) or step >= recipe.steps):
         log.line(step, look(step))  # again or for the first time: checkpoints are written before evaluations
     for step in range(step + 1, recipe.steps + 1):
@@ -1620,9 +1622,10 @@ class ImageFolder(torch.utils.data.Dataset):
         """A picture as RGB; None if it cannot be read, and then it is named, unless it was before."""
         path, _ = self.files[index]
         try:
-            with warnings.catch_warnings(), Image.open(path) as image:
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as large it is an error
-                return on_white(image)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at twice the size it is an error
+                with Image.open(path) as image:
+                    return on_white(image)
         except Exception as e:  # decoders of damaged files raise nearly everything
             if not self.bad[index]:
                 self.bad[index] = True
@@ -1732,7 +1735,7 @@ class Log:
             rest = rest[len(values):]
         step = min(bad, default=(0,))[0]
         check(not bad, f"step {step}: {', '.join(name for s, name in bad if s == step)} not finite, the run has diverged. It reached "
-                       "neither the weights nor a checkpoint: go on from the last one with --resume and a lower --lr")
+                       "neither weights nor checkpoint: go on from the last one with --resume and a lower --lr")
 
     def write(self, step: int, images: int, usage=None) -> None:
         """Print means since the last call, figures made by `usage` from the hits, and the speed; images: pictures per step over

@@ -6,9 +6,11 @@ import http.server
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import huggingface_hub
@@ -548,6 +550,11 @@ def test_unfit_checkpoints_are_refused_with_a_reason(tmp_path):
     refused((tmp_path / "llama.pt").read_bytes()[:1000], "not a checkpoint")
     refused({"some": 1}, "no model weights")
     refused({**good, "config": {"colour": "red"}}, "colour")
+    for setting in (dict(layers=10 ** 9), dict(dim="wide"), dict(dropout=float("nan")), dict(heads=True), dict(grid=-1)):
+        refused({**good, "config": good["config"] | setting}, f"x.pt has settings.*{next(iter(setting))}")
+    refused({**good, "config": good["config"] | dict(codebook_size=2 ** 24, dim=65536)}, "shape")    # and no memory is taken
+    for classes in (5, ["a"], [1, 2, 3, 4, 5]):
+        refused({**good, "classes": classes}, "name for each")
     refused({**good, "ema": {k: v for k, v in good["ema"].items() if k != "norm.weight"}}, "lacks tensor norm.weight")
     refused({**good, "ema": {**good["ema"], "extra": torch.zeros(1)}}, "unexpected tensor extra")
     refused({**good, "ema": {**good["ema"], "norm.weight": torch.zeros(3)}}, r"norm.weight has shape \(3,\)")
@@ -823,7 +830,7 @@ def test_centre_crop_and_random_crop_sizes():
     assert all(hita.fit(image, 64, np.random.default_rng(i), 0.8).shape == (64, 64, 3) for i in range(5))
     square = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     assert np.array_equal(hita.fit(square, 64), np.asarray(square))    # pictures of the right size are left alone
-    assert hita.fit(Image.new("RGB", (1, 500)), 16).shape == (16, 16, 3)
+    assert hita.fit(Image.new("RGB", (1, 10_000)), 64).shape == hita.fit(Image.new("RGB", (10_000, 1)), 64).shape == (64, 64, 3)
 
 
 def test_transparent_pictures_get_a_white_ground():
@@ -831,13 +838,38 @@ def test_transparent_pictures_get_a_white_ground():
     assert hita.on_white(image).getpixel((0, 0)) == (255, 255, 255) and hita.on_white(Image.new("L", (4, 4))).mode == "RGB"
 
 
-def test_unreadable_pictures_are_named_and_skipped(tmp_path, capsys):
+def png(width: int, height: int) -> bytes:
+    """A picture that says it has so many pixels but has none."""
+    header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + zlib.crc32(header).to_bytes(4, "big")
+
+
+def test_bad_pictures_are_named_once_over_all_workers_counted_and_replaced(tmp_path, capfd):
     root = picture_folder(tmp_path)
-    (root / "train/class0/0.png").write_bytes(b"not a picture")
+    folder, good = root / "train/class0", (root / "train/class0/0.png").read_bytes()
+    bad = {"0.png": b"not a picture", "a.jpg": b"", "b.png": good[:60], "bomb.png": png(60000, 60000), "c.gif": b"GIF89a"}
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+    (folder / "link.png").symlink_to("nowhere.png")
+    (folder / "d.png").mkdir()
+    (folder / "notes.txt").write_text("no picture")
+    (root / "train/empty").mkdir()
+    good_ones = {"one.png": (1, 1), "ünïcødé 猫 \n.png": (9, 9), "x" * 250 + ".png": (9, 9), "large.png": (10_000, 10_000), "strip.png": (1, 10_000)}
+    for name, size in good_ones.items():
+        Image.new("L", size).save(folder / name)
     data = hita.ImageFolder(root, "train", 16)
-    images = [data[0, i][0] for i in range(len(data))] + [data[0, 0][0]]
-    assert len(images) == 13 and torch.equal(images[0], images[1])
-    assert capsys.readouterr().err.count("skipped") == 1
+    loader = torch.utils.data.DataLoader(data, 1, sampler=[(epoch, i) for epoch in (0, 1) for i in range(len(data))], num_workers=2)
+    images = [image[0] for image, _ in loader]
+    assert len(images) == 2 * (12 + 6 + 5) and all(image.shape == (3, 16, 16) for image in images)
+    assert torch.equal(images[0], images[1])                           # 0.png gives way to the next
+    said = capfd.readouterr().err
+    assert all(said.count(f"/{name}, ") == 1 for name in (*bad, "link.png", "d.png")) and said.count("notes.txt") == 1, said
+    assert "7 so far" in said and "8 so far" not in said and "no pictures of 1 classes, as empty" in said
+    for path in list(root.rglob("*.png"))[:20]:
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(hita.HitaError, match="too many"):
+        hita.ImageFolder(root, "train", 16)
 
 
 def test_data_folders_without_pictures_are_refused(tmp_path):
@@ -919,11 +951,11 @@ def script(*args: str, processes: int = 1) -> subprocess.CompletedProcess:
 
 SMALL = ["--image-size", 24, "--channels", 8, "--channel-mult", "1,1,2", "--latent-dim", 16, "--layers", 1, "--num-global", 6,
          "--codebook-size", 32, "--k", 2, "--steps", 4, "--batch-size", 4, "--log-every", 2, "--eval-every", 4, "--gan-start", 4]
-SMALL_AR = ["--class-dropout", 0, "--dim", 24, "--layers", 1, "--heads", 2, "--steps", 4, "--batch-size", 4, "--log-every", 2, "--eval-every", 2]
+SMALL_AR = ["--dim", 24, "--layers", 1, "--heads", 2, "--steps", 4, "--batch-size", 4, "--log-every", 2, "--eval-every", 2]
 
 
 def figures(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def test_the_three_scripts_one_after_another_and_two_processes_equal_one(tmp_path):
@@ -946,6 +978,10 @@ def test_the_three_scripts_one_after_another_and_two_processes_equal_one(tmp_pat
         one, two = ([f[name] for f in runs[n][0] if name in f] for n in (1, 2))
         assert one == pytest.approx(two, rel=1e-5), name
     out = tmp_path / "out1"
+    for processes in (1, 2):
+        result = script("train_ar.py", "--resume", "--steps", 5, "--out", tmp_path / f"out{processes}", processes=processes)
+        assert result.returncode == 0 and "steps is 5 and was 4" in result.stdout, result.stderr
+    assert figures(tmp_path / "out1/llama.jsonl")[-1]["val_patch"] == pytest.approx(figures(tmp_path / "out2/llama.jsonl")[-1]["val_patch"])
     for name in ("tokenizer.pt", "llama.pt", "tokenizer-000004.png", "llama-000004.png", "tokens-train.npy"):
         assert (out / name).stat().st_size > 0
     result = script("sample.py", "--out", out, "--class", "3", "class1", "--num", 3, "--single")
@@ -960,7 +996,12 @@ def test_the_three_scripts_one_after_another_and_two_processes_equal_one(tmp_pat
     ("train_tokenizer.py --device warp9", "warp9"), ("train_tokenizer.py --lpips-weight 1", "vgg16"),
     ("train_ar.py", "train_tokenizer.py"), ("train_ar.py --heads 5", "heads"), ("train_ar.py --seed -1", "seed"),
     ("sample.py", "train_tokenizer.py"), ("sample.py --num 0", "--num"), ("sample.py --temperature x", "x"),
-    ("sample.py --image x.abc", "x.abc")])
+    ("sample.py --image x.abc", "x.abc"), ("sample.py --seed -1", "--seed"), ("sample.py --top-p 2", "top_p"), ("sample.py --num 1e9", "1e9"),
+    ("train_tokenizer.py --lr nan", "lr"), ("train_tokenizer.py --clip inf", "clip"), ("train_tokenizer.py --ema 1", "ema"),
+    ("train_tokenizer.py --channel-mult 1,,2", "channel-mult"), ("train_tokenizer.py --batch-size 100000000", "batch_size"),
+    ("train_tokenizer.py --resume nowhere.pt", "nowhere.pt"), ("train_tokenizer.py --resume data/README.md", "data/README.md"),
+    ("train_tokenizer.py --image-size 8192 --channels 65536 --latent-dim 65536", "memory"),
+    ("train_ar.py --tokenizer assets/samples.png", "samples.png"), ("train_ar.py --copies 0", "copies")])
 def test_bad_requests_get_one_line_and_status_2(command, message, tmp_path, monkeypatch):
     name, *args = command.split()
     monkeypatch.setattr(sys, "argv", [name, *args, "--out", str(tmp_path / "out")])
@@ -972,6 +1013,104 @@ def test_bad_requests_get_one_line_and_status_2(command, message, tmp_path, monk
         hita.run(main)
     lines = sys.stderr.getvalue().strip().splitlines()
     assert exit.value.code == 2 and lines[-1].startswith("error: ") and message in lines[-1]
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """-> function that runs a script on small data, stopped by a signal after step `stop`, and returns its lines of figures."""
+    data = picture_folder(tmp_path / "data", 30)
+    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    def run(module, out, *args, stop=None):
+        count = iter(range(1, 1000))
+        monkeypatch.setattr(hita.Stop, "asked", lambda self: next(count) == stop)
+        monkeypatch.setattr(sys, "argv", ["x", "--data", str(data), "--out", str(tmp_path / out), *map(str, args)])
+        module.main()
+        kind = {train_tokenizer: "tokenizer", train_ar: "llama"}[module]
+        return [{k: v for k, v in line.items() if k not in ("images/s", "eta_min")} for line in figures(tmp_path / out / f"{kind}.jsonl")]
+    yield run
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+RUN = [*SMALL[:-8], "--steps", 12, "--batch-size", 7, "--log-every", 3, "--eval-every", 5, "--dropout", 0.1, "--crop-range", 0.7]
+
+
+@pytest.mark.parametrize("stops", [(1,), (4, 1), (5, 6), (11,)])
+def test_a_resumed_tokenizer_run_equals_an_uninterrupted_one(train, stops, tmp_path):
+    """Bit for bit; batches of 7 of 30 pictures, so that no stop is at the end of an epoch; before and after the discriminator."""
+    run = [*RUN, "--gan-start", 4, "--gan-width", 8]
+    whole = train(train_tokenizer, "whole", *run)
+    train(train_tokenizer, "parts", *run, stop=stops[0])
+    for stop in stops[1:]:
+        train(train_tokenizer, "parts", "--resume", "--workers", 1, stop=stop)
+    assert train(train_tokenizer, "parts", "--resume") == whole and len(whole) == 6 + 3    # the intervals end at evaluations too
+    weights = [torch.load(tmp_path / out / "tokenizer.pt", weights_only=True)["model"] for out in ("whole", "parts")]
+    assert all(map(torch.equal, weights[0].values(), weights[1].values()))
+    assert train(train_tokenizer, "parts", "--resume") == whole                            # a finished run stays as it is
+
+
+def test_a_resumed_llama_run_equals_an_uninterrupted_one(train, tmp_path):
+    train(train_tokenizer, "tok", *RUN, "--gan-weight", 0, "--steps", 1)
+    run = [*SMALL_AR[:6], *RUN[-12:-2], "--tokenizer", tmp_path / "tok/tokenizer.pt", "--keep-every", 4]
+    whole = train(train_ar, "whole", *run)
+    train(train_ar, "parts", *run, stop=7)
+    assert train(train_ar, "parts", "--resume") == whole
+    assert sorted(p.name for p in (tmp_path / "parts").glob("*.pt")) == ["llama-000004.pt", "llama-000008.pt", "llama-000012.pt", "llama.pt"]
+    assert train(train_ar, "parts", "--resume", tmp_path / "parts/llama-000008.pt") == whole  # an older one: what came later is made again
+    tokenizer = torch.load(tmp_path / "tok/tokenizer.pt", weights_only=True)
+    torch.save({**tokenizer, "ema": {k: v + 1 for k, v in tokenizer["ema"].items()}}, tmp_path / "tok/tokenizer.pt")
+    with pytest.raises(hita.HitaError, match="another tokenizer"):
+        train(train_ar, "parts", "--resume")
+
+
+def test_what_cannot_be_resumed_is_refused_and_nothing_is_overwritten(train, tmp_path, capsys):
+    run = [*RUN, "--gan-weight", 0, "--steps", 2]
+    train(train_tokenizer, "out", *run)
+    held = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    hita.save_checkpoint(tmp_path / "x.pt", {"kind": "tokenizer", "config": dataclasses.asdict(TINY), "ema": tiny().state_dict()})
+    for args, message in ((run, "holds a run already.*--resume.*--out"), (["--resume", "--batch-size", 8], "batch_size is 8 and was 7.*--init-from"),
+                          (["--resume", "--channels", 16], "channels is 16 and was 8"), (["--resume", "--preset", "hita-v"], "image_size is 336"),
+                          (["--resume", tmp_path / "x.pt"], "holds another run"), (["--resume", "--data", hita.embedded_data()], "pictures")):
+        with pytest.raises(hita.HitaError, match=message):
+            train(train_tokenizer, "out", *args)
+    assert held == {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(hita.HitaError, match="not the checkpoint of a run.*--init-from"):
+        train(train_tokenizer, "other", "--resume", tmp_path / "x.pt")
+    train(train_tokenizer, "out", "--resume", "--steps", 3, "--lr", 1e-5)
+    assert "steps is 3 and was 2, lr is 1e-05 and was 0.001" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_stops_before_weights_and_checkpoint(train, tmp_path, monkeypatch):
+    true, calls = hita.reconstruction_loss, iter(range(1, 100))
+    monkeypatch.setattr(hita, "reconstruction_loss", lambda *x: true(*x) * (float("nan") if next(calls) == 7 else 1))
+    with pytest.raises(hita.HitaError, match="step 7: .*rec.* not finite.*--resume"):
+        train(train_tokenizer, "out", *RUN, "--gan-weight", 0)
+    saved = torch.load(tmp_path / "out/tokenizer.pt", weights_only=True)
+    assert saved["step"] == 5 and all(x.isfinite().all() for x in [*saved["model"].values(), *saved["ema"].values()])
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([p], fused=True)
+    for loss, norm in ((1.0, 1.0), (float("nan"), 1.0), (1.0, float("inf"))):
+        before, p.grad = p.detach().clone(), torch.full_like(p, loss * norm)
+        hita.careful_step(optimizer, torch.tensor(loss), torch.tensor(norm))
+        assert torch.equal(p, before) == (loss * norm != 1) and optimizer.state[p]["step"] == 1
+
+
+def test_a_signal_ends_a_run_after_its_step_and_a_second_one_at_once(tmp_path):
+    data, running = picture_folder(tmp_path / "data"), []
+    for second in (False, True):
+        out = tmp_path / f"out{second}"
+        process = subprocess.Popen([sys.executable, "train_tokenizer.py", "--data", data, "--out", out, *map(str, RUN), "--workers", "1",
+                                    "--steps", "100000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+        running.append(process)
+        next(line for line in process.stdout if line.startswith("step"))
+        os.killpg(process.pid, signal.SIGSTOP)                         # so that both signals come within one step
+        for number in [signal.SIGINT, signal.SIGTERM][:1 + second]:
+            os.killpg(process.pid, number)                             # the loader's process too, as Ctrl-C does
+        os.killpg(process.pid, signal.SIGCONT)
+        text = process.stdout.read()
+        assert process.wait(30) == (128 + 15 if second else 0), text
+        assert ("stopped after step" in text) != second and (out / "tokenizer.pt").exists() != second
 
 
 def test_classes_by_name_and_index():
@@ -1002,3 +1141,8 @@ def test_sampling_with_another_tokenizer_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample.py", "--out", str(tmp_path)])
     with pytest.raises(hita.HitaError, match="another tokenizer"):
         sample.main()
+
+
+def test_names_of_classes_do_not_lead_out_of_the_folder(tmp_path):
+    sample.write_pictures(torch.zeros(2, 3, 8, 8), ["../../up", "x" * 300], tmp_path / "out/x.png", 2, single=True)
+    assert len(list((tmp_path / "out/x").iterdir())) == 2 and not list(tmp_path.glob("*.png"))
