@@ -194,13 +194,13 @@ def main():
         hita.check_settings(saved, cfg, recipe, train)
         hita.check(saved.get("tokenizer") == hita.fingerprint(tokenizer), f"{saved['path']} was trained on another tokenizer than "
                    f"{tokenizer_file}; give the same --tokenizer, or start a new run in another directory")
-    out = hita.run_directory(args.out)
     hita.attach_dino(tokenizer, args.dino_file)
     torch.manual_seed(recipe.seed)
     llama = hita.Llama(cfg)
     if args.init_from and not saved:
         start_llama(llama, args.init_from, train.classes)
     llama = llama.to(device)
+    out = hita.run_directory(args.out)
     tokens = token_cache(out / "tokens-train.npy", tokenizer, train, recipe.copies, device, recipe)
     val_tokens = token_cache(out / "tokens-val.npy", tokenizer, val, 1, device, recipe)
 

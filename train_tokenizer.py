@@ -180,8 +180,8 @@ def main():
     val = hita.validation_data(train)
     if saved:
         hita.check_settings(saved, cfg, recipe, train)
-    out = hita.run_directory(args.out)
     tokenizer, ema, discriminator, perceptual = build(cfg, recipe, device, args.dino_file, None if saved else args.init_from)
+    out = hita.run_directory(args.out)
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
     log = hita.Log(out / "tokenizer.jsonl", recipe.steps, device)
