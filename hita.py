@@ -1278,6 +1278,7 @@ def restore(saved: dict | None, parts: dict) -> int:
             part.load_state_dict(state)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
             raise HitaError(f"{saved['path']} cannot be resumed, its {name} does not fit ({short(e)})") from e
+    saved.clear()  # lets go of the file, which the next checkpoint replaces
     return done
 
 
@@ -1340,11 +1341,22 @@ def steps(out: Path, kind: str, recipe, parts: dict, facts: dict, saved: dict | 
     <kind>.pt is the newest checkpoint; those of multiples of recipe.keep_every are kept as <kind>-<step>.pt too. They hold the
     states of the parts, and the facts. look(step) evaluates and returns figures; usage: see Log.write.
     """
+    def save() -> None:
+        data = {"kind": kind, "step": step, **facts, **{name: part.state_dict() for name, part in parts.items()}}
+        if rank() == 0:  # but the states were gathered in all processes
+            if due(recipe.keep_every):
+                save_checkpoint(out / f"{kind}-{step:06d}.pt", data)
+            save_checkpoint(out / f"{kind}.pt", data)
+        barrier()
+
     due = lambda every: every > 0 and step % every == 0
+    older = saved is not None and saved["path"].resolve() != (out / f"{kind}.pt").resolve()
     log, step = parts["log"], restore(saved, parts)
     stop = Stop()
     for unfinished in out.glob(f"{kind}*.tmp") if rank() == 0 else ():
         unfinished.unlink()  # of a run that was killed while it saved
+    if older:
+        save()  # now it is the newest
     if step and (due(recipe.eval_every) or step >= recipe.steps):
         log.line(step, look(step))  # again or for the first time: checkpoints are written before evaluations
     for step in range(step + 1, recipe.steps + 1):
@@ -1354,12 +1366,7 @@ def steps(out: Path, kind: str, recipe, parts: dict, facts: dict, saved: dict | 
             log.write(step, recipe.batch_size, usage)
         stopping = stop.asked()
         if stopping or evaluating or due(recipe.keep_every):
-            data = {"kind": kind, "step": step, **facts, **{name: part.state_dict() for name, part in parts.items()}}
-            if rank() == 0:  # but the states were gathered in all processes
-                save_checkpoint(out / f"{kind}.pt", data)
-                if due(recipe.keep_every):
-                    save_checkpoint(out / f"{kind}-{step:06d}.pt", data)
-            barrier()
+            save()
         if stopping:
             if rank() == 0:
                 print(f"stopped after step {step}, which is saved in {out / kind}.pt: continue with --resume", flush=True)

@@ -931,7 +931,7 @@ def test_token_cache_is_reused_and_rebuilt_when_anything_changes(tmp_path):
     stamp = path.stat().st_mtime_ns
     build()
     assert path.stat().st_mtime_ns == stamp
-    for change in (lambda: build(copies=3), lambda: build(tiny(k=1)), lambda: build()):
+    for change in (lambda: build(copies=3), lambda: build(tiny(k=1)), lambda: build(), lambda: (path.write_bytes(b"damaged"), build())):
         change()
         assert path.stat().st_mtime_ns != stamp
         stamp = path.stat().st_mtime_ns
@@ -1057,6 +1057,8 @@ def test_a_resumed_llama_run_equals_an_uninterrupted_one(train, tmp_path):
     assert train(train_ar, "parts", "--resume") == whole
     assert sorted(p.name for p in (tmp_path / "parts").glob("*.pt")) == ["llama-000004.pt", "llama-000008.pt", "llama-000012.pt", "llama.pt"]
     assert train(train_ar, "parts", "--resume", tmp_path / "parts/llama-000008.pt") == whole  # an older one: what came later is made again
+    train(train_ar, "parts", "--resume", tmp_path / "parts/llama-000008.pt", stop=1)
+    assert torch.load(tmp_path / "parts/llama.pt", weights_only=True)["step"] == 9
     tokenizer = torch.load(tmp_path / "tok/tokenizer.pt", weights_only=True)
     torch.save({**tokenizer, "ema": {k: v + 1 for k, v in tokenizer["ema"].items()}}, tmp_path / "tok/tokenizer.pt")
     with pytest.raises(hita.HitaError, match="another tokenizer"):

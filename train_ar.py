@@ -95,7 +95,10 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.ImageFolde
     models = [tokenizer] if tokenizer.dino is None else [tokenizer, tokenizer.dino]
     signature = hita.fingerprint(*models, data.signature(copies))
     note = path.with_suffix(".txt")  # written last: without it, or with another signature, the ids are made anew
-    known = note.is_file() and path.is_file() and note.read_text() == signature
+    try:
+        known = note.read_text() == signature and np.load(path, mmap_mode="r").shape == (rows, width)
+    except (OSError, ValueError):  # missing or damaged
+        known = False
     hita.barrier()
     if not known:
         temporary = path.with_suffix(".tmp")
