@@ -25,6 +25,7 @@ Images are float tensors (B, 3, H, W) in [-1, 1]; token ids are int64.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -34,11 +35,11 @@ import logging
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -76,20 +77,24 @@ def option(default, help: str, low: float = 1, high: float = 65536):
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
-def check_options(config) -> None:
-    """Raise HitaError where a field has another type than its default (settings also come from files) or is out of range."""
-    for f in dataclasses.fields(config):
-        value, kind = getattr(config, f.name), type(f.default)
-        numbers = value if kind is tuple and isinstance(value, tuple) else (value,)
-        plain = {tuple: int, float: (int, float)}.get(kind, kind)
-        check(len(numbers) > 0 and all(isinstance(x, plain) and isinstance(x, bool) == (kind is bool) for x in numbers),
-              f"{f.name} is {value!r}, it must be of the kind of {f.default!r}")
-        check(kind in (bool, str) or all(f.metadata["low"] <= x <= f.metadata["high"] for x in numbers),
-              f"{f.name} is {value}, it must lie between {f.metadata['low']} and {f.metadata['high']}")
+@dataclass
+class Settings:
+    """Base of all configurations. Raises HitaError where a field has another type than its default (settings also come from
+    files) or is out of its range."""
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, kind, low, high = getattr(self, f.name), type(f.default), f.metadata["low"], f.metadata["high"]
+            numbers = value if kind is tuple and isinstance(value, tuple) else (value,)
+            plain = {tuple: int, float: (int, float)}.get(kind, kind)
+            check(len(numbers) > 0 and all(isinstance(x, plain) and isinstance(x, bool) == (kind is bool) for x in numbers),
+                  f"{f.name} is {value!r}, it must be of the kind of {f.default!r}")
+            check(kind in (bool, str) or all(low <= x <= high for x in numbers),
+                  f"{f.name} is {value}, it must lie between {low} and {high}")
 
 
 @dataclass
-class TokenizerConfig:
+class TokenizerConfig(Settings):
     """Architecture of the tokenizer. The defaults are the released Hita-V: 104.2 M parameters without DINOv2."""
     image_size: int = option(336, "side of the square training images in pixels", high=8192)
     channels: int = option(128, "channels of the conv nets at full resolution")
@@ -113,7 +118,7 @@ class TokenizerConfig:
     def __post_init__(self):
         if isinstance(self.channel_mult, list):
             self.channel_mult = tuple(self.channel_mult)
-        check_options(self)
+        super().__post_init__()
         check(self.image_size % self.stride == 0,
               f"image_size {self.image_size} is not a multiple of the stride {self.stride}; "
               f"the nearest sizes that are: {max(1, self.grid) * self.stride}, {(self.grid + 1) * self.stride}")
@@ -139,7 +144,7 @@ class TokenizerConfig:
 
 
 @dataclass
-class LlamaConfig:
+class LlamaConfig(Settings):
     """Architecture of the generator. The defaults are size B at 336 px: 136.2 M parameters."""
     layers: int = option(12, "transformer blocks", high=1024)
     heads: int = option(12, "attention heads")
@@ -155,7 +160,7 @@ class LlamaConfig:
                                             "code does by mistake and the published FIDs presumably were measured")
 
     def __post_init__(self):
-        check_options(self)
+        super().__post_init__()
         check(self.dim % self.heads == 0 and self.dim // self.heads % 4 == 0,
               f"dim {self.dim} over {self.heads} heads gives {self.dim / self.heads:g} channels a head, "
               "it must be a multiple of 4 (2-D RoPE)")
@@ -1122,6 +1127,8 @@ def check_weights(model: nn.Module, data: dict, path: str | Path) -> None:
     for key, tensor in own.items():
         check(weights[key].shape == tensor.shape,
               f"{path}: {called[key]} has shape {tuple(weights[key].shape)}, this model needs {tuple(tensor.shape)}")
+        check(weights[key].is_floating_point() == tensor.is_floating_point() and weights[key].layout == torch.strided,
+              f"{path}: {called[key]} is of the kind {weights[key].dtype}, {weights[key].layout}, this model needs {tensor.dtype}")
 
 
 def load_weights(model: nn.Module, data: dict, path: str | Path) -> None:
@@ -1195,9 +1202,9 @@ def save_checkpoint(path: Path, data: dict) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        free = shutil.disk_usage(path.parent).free / 1e6
-        temporary.unlink(missing_ok=True)
-        raise HitaError(f"cannot write {path} ({short(e)}; {free:.0f} MB were free); earlier checkpoints there are untouched") from e
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise HitaError(f"cannot write {path} ({short(e)}): is the disk full? Earlier checkpoints there are untouched") from e
 
 
 def fingerprint(*parts) -> str:
@@ -1223,20 +1230,20 @@ FIXED = {"seed", "batch_size", "gan_width", "copies"}                 # settings
 def find_run(args: argparse.Namespace, kind: str, recipe: type) -> dict | None:
     """The checkpoint that --resume continues, with "recipe" as a dataclass; None for a new run. What was not said about
     data and files is taken from it. Raises HitaError if the run directory holds a run and --resume was not given."""
-    out = Path(args.out)
-    found = sorted(out.glob(f"{kind}*.pt"), key=os.path.getmtime)
+    out, newest = Path(args.out), Path(args.out) / f"{kind}.pt"
+    held = [newest.name] if newest.exists() else sorted(p.name for p in out.glob(f"{kind}-*.pt"))
+    logs = [p.name for p in out.glob(f"{kind}.jsonl")]
     if args.resume is None:
-        held = found or list(out.glob(f"{kind}.jsonl"))
-        check(not held, f"{out} holds a run already ({held[-1].name if held else ''}): continue it with --resume, or choose "
-                        "another directory with --out")
+        check(not held + logs, f"{out} holds a run already ({', '.join((held + logs)[:1])}): continue it with --resume, or choose "
+                               "another directory with --out")
         return None
-    if not args.resume and not found:
+    if not args.resume and not held:
         if rank() == 0:
             print(f"there is nothing to resume in {out}: a new run starts", flush=True)
         return None
-    path = Path(args.resume or found[-1])
-    check(not found or path.parent.resolve() == out.resolve(), f"{out} holds another run ({found[-1].name if found else ''}) than "
-          f"{path}: choose another directory with --out")
+    path = Path(args.resume or out / held[-1])
+    check(not held or path.resolve() == (out / held[-1]).resolve(), f"{out} holds another run than {path}, or a later step of it "
+          f"({', '.join(held[-1:])}): choose another directory with --out")
     saved = read_checkpoint(path, kind)
     check(isinstance(saved.get("step"), int) and isinstance(saved.get("files"), dict),
           f"{path} is not the checkpoint of a run; start a new run from its weights with --init-from {path}")
@@ -1276,6 +1283,10 @@ def restore(saved: dict | None, parts: dict) -> int:
             if isinstance(part, torch.optim.Optimizer):  # learning rate and the like are today's
                 state = {**part.state_dict(), "state": copy.deepcopy(state["state"])}
             part.load_state_dict(state)
+            if isinstance(part, torch.optim.Optimizer) and part.state:  # fused optimizers trust these blindly
+                for p in (p for group in part.param_groups for p in group["params"]):
+                    if {k: x.shape for k, x in part.state[p].items()} != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+                        raise ValueError("its tensors have other shapes than the model's")
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
             raise HitaError(f"{saved['path']} cannot be resumed, its {name} does not fit ({short(e)})") from e
     saved.clear()  # lets go of the file, which the next checkpoint replaces
@@ -1302,23 +1313,24 @@ class RandomState:
 
 
 class Stop:
-    """SIGTERM and Ctrl-C let the run finish its step and save; a second one ends it at once."""
+    """SIGTERM and Ctrl-C let the run finish its step and save; a second one ends it at once. What comes within half a second
+    counts as one, since schedulers and torchrun may both pass the same signal on."""
 
     def __init__(self):
-        self.signalled = False
+        self.since = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame) -> None:
-        if self.signalled:
-            os._exit(128 + number)
-        self.signalled = True
+        if self.since is not None:
+            return os._exit(128 + number) if time.monotonic() - self.since > 0.5 else None
+        self.since = time.monotonic()
         if rank() == 0:  # not print, which may have been interrupted just now
             os.write(2, b"stopping after this step; once more to stop at once, without saving\n")
 
     def asked(self) -> bool:
         """Whether any process was told to stop; the same answer in all."""
-        return all_sum(torch.tensor(float(self.signalled))).item() > 0  # on the CPU: a GPU does not wait for it
+        return all_sum(torch.tensor(float(self.since is not None))).item() > 0  # on the CPU: a GPU does not wait for it
 
 
 def ignore_signals(worker: int) -> None:
@@ -1341,22 +1353,11 @@ def steps(out: Path, kind: str, recipe, parts: dict, facts: dict, saved: dict | 
     <kind>.pt is the newest checkpoint; those of multiples of recipe.keep_every are kept as <kind>-<step>.pt too. They hold the
     states of the parts, and the facts. look(step) evaluates and returns figures; usage: see Log.write.
     """
-    def save() -> None:
-        data = {"kind": kind, "step": step, **facts, **{name: part.state_dict() for name, part in parts.items()}}
-        if rank() == 0:  # but the states were gathered in all processes
-            if due(recipe.keep_every):
-                save_checkpoint(out / f"{kind}-{step:06d}.pt", data)
-            save_checkpoint(out / f"{kind}.pt", data)
-        barrier()
-
     due = lambda every: every > 0 and step % every == 0
-    older = saved is not None and saved["path"].resolve() != (out / f"{kind}.pt").resolve()
     log, step = parts["log"], restore(saved, parts)
     stop = Stop()
     for unfinished in out.glob(f"{kind}*.tmp") if rank() == 0 else ():
         unfinished.unlink()  # of a run that was killed while it saved
-    if older:
-        save()  # now it is the newest
     if step and (due(recipe.eval_every) or step >= recipe.steps):
         log.line(step, look(step))  # again or for the first time: checkpoints are written before evaluations
     for step in range(step + 1, recipe.steps + 1):
@@ -1366,7 +1367,12 @@ def steps(out: Path, kind: str, recipe, parts: dict, facts: dict, saved: dict | 
             log.write(step, recipe.batch_size, usage)
         stopping = stop.asked()
         if stopping or evaluating or due(recipe.keep_every):
-            save()
+            data = {"kind": kind, "step": step, **facts, **{name: part.state_dict() for name, part in parts.items()}}
+            if rank() == 0:  # but the states were gathered in all processes
+                if due(recipe.keep_every):
+                    save_checkpoint(out / f"{kind}-{step:06d}.pt", data)
+                save_checkpoint(out / f"{kind}.pt", data)
+            barrier()
         if stopping:
             if rank() == 0:
                 print(f"stopped after step {step}, which is saved in {out / kind}.pt: continue with --resume", flush=True)
@@ -1394,27 +1400,31 @@ def bar(items, title: str, show: bool = True, scale: int = 1) -> tqdm:
 
 def run(main) -> None:
     """Call a script's main. What a user or the machine has caused is printed as one line, with exit status 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold anything
     try:
         main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as e:
-        if not (message := explain(e)):
+        if message := explain(e):
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        elif not dist.is_initialized():
             raise
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
         sys.stdout.flush()
         os._exit(2) if dist.is_initialized() else sys.exit(2)  # a rank that waits for the others must not hang here
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def explain(error: Exception) -> str:
     """One line for what a user or the machine has caused, "" for what is a mistake of the program."""
     text = str(error)
     if isinstance(error, HitaError):  # a data loader's worker puts its traceback before the message
-        return text.splitlines()[-1].removeprefix("hita.HitaError: ")
+        return text.splitlines()[-1].removeprefix("hita.HitaError: ") if text.startswith("Caught") else text.replace("\n", " ")
     if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|size calculation overflow", text):
         return f"not enough memory ({short(error)}); choose a smaller model, fewer or smaller pictures, or another --batch-size"
     if "DataLoader worker" in text:
@@ -1470,17 +1480,19 @@ def start(device: str | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-        if chosen.type == "cuda" and "LOCAL_RANK" in os.environ:
-            chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if chosen.type == "cuda":
+            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", chosen.index or 0)))
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise HitaError(f"device {device} cannot be used here ({short(e)}); try --device cpu") from e
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
         torch.backends.cudnn.allow_tf32 = True  # for convolutions only: the quantizer's matmul must stay exact
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as e:
+            raise HitaError(f"cannot join the other processes ({short(e)}); start the script with torchrun") from e
     return chosen
 
 
@@ -1607,20 +1619,16 @@ class ImageFolder(torch.utils.data.Dataset):
         self.files = [(path, label) for path, label in files if path.suffix.lower() in IMAGE_TYPES]
         check(len(self.files) > 0, f"{self.folder} has no pictures in <class> folders ({', '.join(sorted(IMAGE_TYPES))})")
         self.bad = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()  # seen by all loader processes
-        if rank() == 0:
-            self.report([path for path, _ in files if path.suffix.lower() not in IMAGE_TYPES and not path.is_dir()])
+        ignored = [path for path, _ in files if path.suffix.lower() not in IMAGE_TYPES and not path.is_dir()]
+        empty = sorted(set(range(len(self.classes))) - {label for _, label in self.files})
+        if rank() == 0 and ignored:
+            print(f"{self.folder}: {len(ignored)} files are ignored for their names, as {ignored[0]}", file=sys.stderr)
+        if rank() == 0 and empty:
+            print(f"{self.folder}: no pictures of {len(empty)} classes, as {self.classes[empty[0]]}", file=sys.stderr)
         chosen = range(0, len(self.files), max(1, len(self.files) // 500))
         unreadable = sum(self.read(i, quiet=rank() > 0) is None for i in chosen)
         check(unreadable <= len(chosen) / 2, f"{unreadable} of the {len(chosen)} pictures looked at in {self.folder} cannot be read, "
                                              "which is too many; replace them")
-
-    def report(self, ignored: list[Path]) -> None:
-        """Say which files and classes will not take part."""
-        empty = [name for i, name in enumerate(self.classes) if i not in {label for _, label in self.files}]
-        if ignored:
-            print(f"{self.folder}: {len(ignored)} files are ignored for their names, as {ignored[0]}", file=sys.stderr)
-        if empty:
-            print(f"{self.folder}: no pictures of {len(empty)} classes, as {empty[0]}", file=sys.stderr)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -1734,12 +1742,11 @@ class Log:
         if not self.values:
             return
         means = all_sum(torch.stack(sum(self.values.values(), []))) / world()
+        lengths = [len(values) for values in self.values.values()]
+        places = [(self.step - n + 1 + i, name) for name, n in zip(self.values, lengths) for i in range(n)]  # the last is this step's
+        bad = [place for place, value in zip(places, means.tolist()) if not math.isfinite(value)]
+        self.values = {name: list(values) for name, values in zip(self.values, means.split(lengths))}
         self.hits = None if self.hits is None else all_sum(self.hits) / world()
-        rest, bad = means.tolist(), []
-        for name, values in self.values.items():                                            # the last value is of this step
-            self.values[name], means = list(means[:len(values)]), means[len(values):]
-            bad += [(self.step - i, name) for i, x in enumerate(reversed(rest[:len(values)])) if not math.isfinite(x)]
-            rest = rest[len(values):]
         step = min(bad, default=(0,))[0]
         check(not bad, f"step {step}: {', '.join(name for s, name in bad if s == step)} not finite, the run has diverged. It reached "
                        "neither weights nor checkpoint: go on from the last one with --resume and a lower --lr")

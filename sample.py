@@ -119,7 +119,7 @@ def load(args) -> tuple[hita.HitaTokenizer, hita.Llama, list[str], list[int]]:
     names = [str(i) for i in range(data["config"].num_classes)] if data["config"].num_classes != len(imagenet) else imagenet
     names = data.get("classes", names)
     chosen = class_indices(args.classes, names)
-    llama = hita.load_llama(llama_path)
+    llama = hita.load_model(data, llama_path)
     same = all(getattr(tokenizer.cfg, name) == getattr(llama.cfg, name) for name in ("num_global", "grid", "codebook_size"))
     hita.check(same and data.get("tokenizer") in (None, hita.fingerprint(tokenizer)),
                f"{llama_path} was trained on another tokenizer than {tokenizer_path}; train it again with `python train_ar.py`")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -1056,9 +1057,15 @@ def test_a_resumed_llama_run_equals_an_uninterrupted_one(train, tmp_path):
     train(train_ar, "parts", *run, stop=7)
     assert train(train_ar, "parts", "--resume") == whole
     assert sorted(p.name for p in (tmp_path / "parts").glob("*.pt")) == ["llama-000004.pt", "llama-000008.pt", "llama-000012.pt", "llama.pt"]
-    assert train(train_ar, "parts", "--resume", tmp_path / "parts/llama-000008.pt") == whole  # an older one: what came later is made again
-    train(train_ar, "parts", "--resume", tmp_path / "parts/llama-000008.pt", stop=1)
-    assert torch.load(tmp_path / "parts/llama.pt", weights_only=True)["step"] == 9
+    older = tmp_path / "parts/llama-000008.pt"
+    with pytest.raises(hita.HitaError, match="later step"):
+        train(train_ar, "parts", "--resume", older)
+    assert train(train_ar, "fork", "--resume", older) == [line for line in whole if line["step"] > 8]
+    saved = torch.load(older, weights_only=True)
+    saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(saved, tmp_path / "x.pt")
+    with pytest.raises(hita.HitaError, match="optimizer does not fit"):
+        train(train_ar, "fork2", "--resume", tmp_path / "x.pt")
     tokenizer = torch.load(tmp_path / "tok/tokenizer.pt", weights_only=True)
     torch.save({**tokenizer, "ema": {k: v + 1 for k, v in tokenizer["ema"].items()}}, tmp_path / "tok/tokenizer.pt")
     with pytest.raises(hita.HitaError, match="another tokenizer"):
@@ -1097,22 +1104,30 @@ def test_a_run_that_diverges_stops_before_weights_and_checkpoint(train, tmp_path
         assert torch.equal(p, before) == (loss * norm != 1) and optimizer.state[p]["step"] == 1
 
 
-def test_a_signal_ends_a_run_after_its_step_and_a_second_one_at_once(tmp_path):
-    data, running = picture_folder(tmp_path / "data"), []
-    for second in (False, True):
-        out = tmp_path / f"out{second}"
-        process = subprocess.Popen([sys.executable, "train_tokenizer.py", "--data", data, "--out", out, *map(str, RUN), "--workers", "1",
-                                    "--steps", "100000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-        running.append(process)
-        next(line for line in process.stdout if line.startswith("step"))
-        os.killpg(process.pid, signal.SIGSTOP)                         # so that both signals come within one step
-        for number in [signal.SIGINT, signal.SIGTERM][:1 + second]:
-            os.killpg(process.pid, number)                             # the loader's process too, as Ctrl-C does
-        os.killpg(process.pid, signal.SIGCONT)
-        text = process.stdout.read()
-        assert process.wait(30) == (128 + 15 if second else 0), text
-        assert ("stopped after step" in text) != second and (out / "tokenizer.pt").exists() != second
+def test_a_signal_ends_a_run_after_its_step(tmp_path):
+    data, out = picture_folder(tmp_path / "data"), tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "train_tokenizer.py", "--data", data, "--out", out, *map(str, RUN), "--workers", "1",
+                                "--steps", "100000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    next(line for line in process.stdout if line.startswith("step"))
+    for number in (signal.SIGINT, signal.SIGTERM):                     # so close together they are one
+        os.killpg(process.pid, number)                                 # the loader's process gets them too, as from a terminal
+    text = process.stdout.read()
+    assert process.wait(30) == 0 and "stopped after step" in text, text
+    assert torch.load(out / "tokenizer.pt", weights_only=True)["step"] == int(text.split("stopped after step ")[1].split(",")[0])
+
+
+def test_a_second_signal_ends_a_run_at_once(monkeypatch, train):
+    stop, status, now = hita.Stop(), [], iter([0.0, 0.1, 0.7])
+    monkeypatch.undo()                                                 # the real Stop.asked
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(os, "_exit", status.append)
+    assert not stop.asked()
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)                                 # the same one, passed on twice
+    assert stop.asked() and not status
+    signal.raise_signal(signal.SIGTERM)
+    assert status == [128 + signal.SIGTERM]
 
 
 def test_classes_by_name_and_index():

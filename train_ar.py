@@ -32,7 +32,7 @@ NO_FLAGS = ("num_classes", "num_global", "grid", "codebook_size", "released_samp
 
 
 @dataclass
-class Training:
+class Training(hita.Settings):
     """The recipe. The defaults are the released one (300 epochs of ImageNet)."""
     steps: int = option(1_501_200, "optimizer steps", high=10 ** 9)
     batch_size: int = option(256, "pictures per step, over all processes")
@@ -50,9 +50,6 @@ class Training:
     eval_every: int = option(5000, "steps between evaluations, samples and checkpoints", high=10 ** 9)
     keep_every: int = option(100_000, "checkpoints of multiples of this step are kept, 0 keeps only the newest", 0, 10 ** 9)
     workers: int = option(8, "data loader processes while encoding; 0 loads in this one", 0, 1024)
-
-    def __post_init__(self):
-        hita.check_options(self)
 
 
 RECIPES = {size: Training() for size in hita.LLAMA_SIZES if size != "emoji"} | {
@@ -99,22 +96,19 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.ImageFolde
         known = note.read_text() == signature and np.load(path, mmap_mode="r").shape == (rows, width)
     except (OSError, ValueError):  # missing or damaged
         known = False
-    hita.barrier()
-    if not known:
+    if hita.all_sum(torch.tensor(float(known))) < hita.world():  # all must agree
         temporary = path.with_suffix(".tmp")
         if hita.rank() == 0:
             note.unlink(missing_ok=True)
             np.lib.format.open_memmap(temporary, "w+", np.uint16 if small else np.int32, (rows, width)).flush()
         hita.barrier()
-        ids = np.lib.format.open_memmap(temporary, "r+")
-        mine = range(hita.rank(), rows, hita.world())
-        loader = DataLoader(data, 64, sampler=[divmod(row, len(data)) for row in mine], num_workers=recipe.workers)
-        done = 0
-        for images, labels in hita.bar(loader, f"encoding {path.stem}", hita.rank() == 0, 64):
-            batch = torch.cat([labels[:, None], *(x.cpu() for x in tokenizer.encode(images.to(device)))], dim=1)  # (B, 1+M+N)
-            ids[mine[done: done + len(batch)]] = batch.numpy()
-            done += len(batch)
-        ids.flush()
+        empty, share = np.load(temporary, mmap_mode="r"), [rows * r // hita.world() for r in (hita.rank(), hita.rank() + 1)]
+        loader = DataLoader(data, 64, sampler=[divmod(row, len(data)) for row in range(*share)], num_workers=recipe.workers)
+        with open(temporary, "r+b") as f:  # not through the map, where a full disk would be a crash
+            f.seek(empty.offset + share[0] * width * empty.itemsize)
+            for images, labels in hita.bar(loader, f"encoding {path.stem}", hita.rank() == 0, 64):
+                ids = torch.cat([labels[:, None], *(x.cpu() for x in tokenizer.encode(images.to(device)))], dim=1)  # (B, 1+M+N)
+                f.write(ids.numpy().astype(empty.dtype).tobytes())
         hita.barrier()
         if hita.rank() == 0:
             os.replace(temporary, path)

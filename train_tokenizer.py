@@ -26,7 +26,7 @@ from hita import option
 
 
 @dataclass
-class Training:
+class Training(hita.Settings):
     """The recipe. The defaults are the released one (50 epochs of ImageNet); one epoch is 5,004 steps there."""
     steps: int = option(250_200, "optimizer steps", high=10 ** 9)
     batch_size: int = option(256, "pictures per step, over all processes")
@@ -45,9 +45,6 @@ class Training:
     eval_every: int = option(5000, "steps between evaluations, pictures and checkpoints", high=10 ** 9)
     keep_every: int = option(50_000, "checkpoints of multiples of this step are kept, 0 keeps only the newest", 0, 10 ** 9)
     workers: int = option(8, "data loader processes; 0 loads in this one", 0, 1024)
-
-    def __post_init__(self):
-        hita.check_options(self)
 
 
 RECIPES = {
