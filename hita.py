@@ -1322,6 +1322,7 @@ class Stop:
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame) -> None:
+        """Called by Python when a signal has come."""
         if self.since is not None:
             return os._exit(128 + number) if time.monotonic() - self.since > 0.5 else None
         self.since = time.monotonic()

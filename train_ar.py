@@ -218,11 +218,11 @@ def main():
     llama.train()
 
     def look(step: int) -> dict[str, float]:
-        figures = evaluate(ema, val_tokens, device)
+        """Evaluation: pictures and figures."""
         if hita.rank() == 0:
             sample_grid(ema, tokenizer, recipe, device, out / f"llama-{step:06d}.png")
         hita.barrier()
-        return figures
+        return evaluate(ema, val_tokens, device)
 
     for step in hita.steps(out, "llama", recipe, parts, facts, saved, look):
         rows = tokens[[index for _, index in next(batches)]]
