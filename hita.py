@@ -15,7 +15,7 @@ describe the picture as a whole, puts them first, and lets k of them take the pl
 
     class -> Llama -> M global ids -> N patch ids -> Fusion, Decoder -> a new picture
 
-The file reads top to bottom in that order, then losses, the Llama, checkpoints, and what the three scripts share.
+The file reads top to bottom in that order, then losses, the Llama, checkpoints, runs, and what the scripts share.
 
 Letters in shape comments: B batch, H W pixels, h w patch grid, N = h*w patch tokens, M global tokens, D latent width,
 C code width (12 global, 8 patch), V codebook size, T sequence length, k global tokens that replace patches.

@@ -187,9 +187,10 @@ def main():
     val = hita.validation_data(train)
     cfg = dataclasses.replace(cfg, num_classes=len(train.classes), num_global=tokenizer.cfg.num_global, grid=tokenizer.cfg.grid,
                               codebook_size=tokenizer.cfg.codebook_size)
+    identity = hita.fingerprint(tokenizer)
     if saved:
         hita.check_settings(saved, cfg, recipe, train)
-        hita.check(saved.get("tokenizer") == hita.fingerprint(tokenizer), f"{saved['path']} was trained on another tokenizer than "
+        hita.check(saved.get("tokenizer") == identity, f"{saved['path']} was trained on another tokenizer than "
                    f"{tokenizer_file}; give the same --tokenizer, or start a new run in another directory")
     hita.attach_dino(tokenizer, args.dino_file)
     torch.manual_seed(recipe.seed)
@@ -207,7 +208,7 @@ def main():
     log = hita.Log(out / "llama.jsonl", recipe.steps, device)
     parts = {"model": llama, "ema": ema, "optimizer": optimizer, "log": log, "random": hita.RandomState(device)}
     facts = {"config": dataclasses.asdict(cfg), "recipe": dataclasses.asdict(recipe), "pictures": train.fingerprint(),
-             "classes": train.classes, "tokenizer": hita.fingerprint(tokenizer),
+             "classes": train.classes, "tokenizer": identity,
              "files": {"data": args.data, "tokenizer": args.tokenizer, "dino_file": args.dino_file}}
     torch.manual_seed(recipe.seed + hita.rank())  # dropout differs between the processes
     if hita.rank() == 0:
