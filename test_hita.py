@@ -79,7 +79,7 @@ def test_released_llamas_have_the_released_parameters(size, parameters):
     with torch.device("meta"):
         llama = hita.Llama(hita.LlamaConfig(**hita.LLAMA_SIZES[size]))
         assert count(llama) == parameters
-        x = llama.backbone(torch.empty(1, 569, llama.cfg.dim))
+        x = llama.backbone(torch.empty(1, 569, llama.cfg.dim), torch.arange(569))
         assert x.shape == (1, 569, llama.cfg.dim)
 
 
@@ -468,7 +468,7 @@ def test_released_sampling_looks_up_the_last_global_token_in_the_patch_table():
     g, p = llama.generate(class_ids, top_k=1)
     x = torch.cat([llama.class_embedding(class_ids)[:, None], llama.global_embedding(g[:, :-1]), llama.patch_embedding(g[:, -1:]),
                    llama.patch_embedding(p[:, :-1])], dim=1)
-    x = llama.backbone(x)
+    x = llama.backbone(x, torch.arange(22))
     assert torch.equal(torch.cat([llama.global_head(x[:, :6]), llama.patch_head(x[:, 6:])], 1).argmax(-1), torch.cat([g, p], 1))
     llama.cfg.released_sampling = False
     g2, p2 = llama.generate(class_ids, top_k=1)
