@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import difflib
 import hashlib
@@ -54,7 +55,9 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.utils import save_image
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 
@@ -229,6 +232,7 @@ class AttnBlock(nn.Module):
 
 class Level(nn.Module):
     """Residual blocks at one resolution, each followed by attention if asked for, then a change of resolution."""
+    recompute = False  # True saves memory: what happens inside is computed again in the backward pass
 
     def __init__(self, c_in: int, c_out: int, blocks: int, attention: bool, resample: nn.Module):
         super().__init__()
@@ -237,6 +241,9 @@ class Level(nn.Module):
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inside, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else self.inside(x)
+
+    def inside(self, x: Tensor) -> Tensor:
         for res, attn in zip(self.res, self.attn):
             x = attn(res(x))
         return self.resample(x)
@@ -896,6 +903,7 @@ class Llama(nn.Module):
     def generate(self, class_ids: Tensor, cfg_scale: float = 1.0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
                  generator: torch.Generator | None = None, **how) -> tuple[Tensor, Tensor]:
         """Sample pictures of the classes (B,) -> global ids (B, M), patch ids (B, N); see Sampler for the arguments."""
+        self.check_classes(class_ids)
         return Sampler(self, len(class_ids), cfg_scale, temperature, top_k, top_p)(class_ids, generator, **how)
 
     def check_classes(self, class_ids: Tensor) -> None:
@@ -1556,7 +1564,10 @@ def start(device: str | None) -> torch.device:
         raise HitaError(f"device {device} cannot be used here ({short(e)}); try --device cpu") from e
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.backends.cudnn.allow_tf32 = True  # for convolutions only: the quantizer's matmul must stay exact
+    elif sys.platform == "linux":  # let glibc keep freed memory: to fetch it anew page by page takes a fifth of a decoder's time
+        with contextlib.suppress(AttributeError, OSError):
+            for setting, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX none, M_TRIM_THRESHOLD never
+                ctypes.CDLL(None).mallopt(setting, value)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
@@ -1587,6 +1598,18 @@ class Parser(argparse.ArgumentParser):
             parser.add_argument(flag, choices=choices, default=missing, help=f"{help} [{default}]")
         return vars(early.parse_known_args()[0])[flag[2:].replace("-", "_")]
 
+    def add_run(self, init_from: str) -> None:
+        """The flags of both training scripts; init_from: the help of --init-from."""
+        self.add_argument("--data", help="folder with train/<class>/<pictures> and val/... [the embedded emoji pictures]")
+        self.add_argument("--out", default="out", help="run directory [out]")
+        self.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help="go on with a run: from this checkpoint, or "
+                          "from the newest in the run directory, where a new run starts if there is none")
+        self.add_argument("--init-from", metavar="CHECKPOINT", help=init_from)
+        self.add_argument("--dino-file", help="DINOv2 weights, the original .pth or timm's .safetensors [from the Hub]")
+        self.add_argument("--device", help="cuda, mps or cpu [the best there is]")
+        self.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile, takes minutes [yes on CUDA]")
+        self.add_argument("--bench", action="store_true", help="measure speed and memory with random weights and data, and stop")
+
     def add_config(self, title: str, config, skip: tuple[str, ...] = ()) -> None:
         """One flag for each field of a dataclass instance but those in `skip`; the help shows the instance's values."""
         group = self.add_argument_group(title)
@@ -1606,6 +1629,11 @@ class Parser(argparse.ArgumentParser):
 def integers(text: str) -> tuple[int, ...]:
     """'1,2,4' -> (1, 2, 4)"""
     return tuple(int(part) for part in text.split(","))
+
+
+def compiled(args: argparse.Namespace, device: torch.device) -> bool:
+    """Whether to use torch.compile: as --compile says, else on CUDA."""
+    return device.type == "cuda" if args.compile is None else args.compile
 
 
 def override(config, args: argparse.Namespace):
@@ -1863,6 +1891,47 @@ def spread(num_classes: int, count: int = 12) -> list[int]:
     return [i * num_classes // count for i in range(count)]
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1], about, -> the nearest pixel values from 0 to 255."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
-    """Pictures (B, 3, H, W) in [-1, 1], about, as one PNG with so many columns."""
-    save_image(images.float().clamp(-1, 1).cpu(), path, nrow=columns, pad_value=1.0, value_range=(-1, 1), normalize=True)
+    """Pictures (B, 3, H, W), in [-1, 1] about or as uint8, as one picture with so many columns."""
+    pixels = images if images.dtype == torch.uint8 else to_uint8(images)
+    Image.fromarray(make_grid(pixels.cpu(), columns, pad_value=255).permute(1, 2, 0).numpy()).save(path)
+
+
+# measuring ----------------------------------------------------------------------------------------------------------
+
+PEAKS = {"H100 PCIe": (756, 2000), "H100": (989, 3350), "H200": (989, 4800), "B200": (2250, 8000), "A100-SXM4-80GB": (312, 2039),
+         "A100": (312, 1555), "RTX 4090": (165, 1008)}  # part of the name -> dense bf16 TFLOP/s, GB/s of memory
+
+
+def measure(title: str, work, device: torch.device, images: int, steps: int = 1, count_flops: bool = False, read: float = 0) -> None:
+    """Time work(), which does `steps` steps on or for so many images, and print one line: time, throughput, memory and the
+    distance to what the device could do. The first call is the warm-up, of the others (at least one, for ten seconds) the
+    median counts. count_flops: count the operations; read: bytes that work() must at least read from memory."""
+    import resource  # not on Windows
+    module, cuda, times = torch.get_device_module(device), device.type == "cuda", []
+    if count_flops:
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            work()
+    while len(times) < 2 or sum(times[1:]) < 10:
+        if cuda and len(times) == 1:
+            module.reset_peak_memory_stats()
+        start = time.perf_counter()
+        work()
+        module.synchronize()
+        times.append(time.perf_counter() - start)
+    seconds = float(np.median(times[1:]))
+    name = torch.cuda.get_device_name(device) if cuda else f"{device.type}, {torch.get_num_threads()} threads"
+    memory = module.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = next((peak for key, peak in PEAKS.items() if key in name), (None, None))
+    share = lambda value, limit: f"{value / limit:.0%} of its peak" if limit else "peak of this device unknown"
+    print(f"{title} on {name}: {1000 * seconds / steps:.4g} ms/step, {images / seconds:.3g} images/s"
+          + (f", {steps * images / seconds:.4g} tokens/s" if steps > 1 else "")
+          + f", peak memory {memory / 1e9:.3g} GB, warm-up {times[0]:.3g} s"
+          + (f", {(flops := counter.get_total_flops() / 1e12) / images:.3g} TFLOP/image, {flops / seconds:.3g} TFLOP/s "
+             f"({share(flops / seconds, peak[0])})" if count_flops else "")
+          + (f", reads {read / seconds / 1e9:.3g} GB/s ({share(read / seconds / 1e9, peak[1])})" if read else ""), flush=True)

@@ -5,6 +5,7 @@
     python sample.py --class fruit --cfg-scale 3 --temperature 0.9 --top-k 200 --top-p 0.95 --seed 7 --single
     python sample.py --list                               the released ImageNet models
     python sample.py --model hita-u-l-250e --class 207 "tabby"
+    python sample.py --bench XL 336 --num 64 --compile    speed of size XL at 336 px, with random weights
 
 Where nothing has been trained, a released model that runs on a laptop is downloaded and used.
 """
@@ -47,6 +48,9 @@ def parse_args():
     parser.add_argument("--image", help="grid to write [samples.png in the run directory]")
     parser.add_argument("--single", action="store_true", help="also write each picture, into a folder beside the grid")
     parser.add_argument("--device", help="cuda, mps or cpu [the best there is]")
+    parser.add_argument("--compile", action="store_true", help="torch.compile first, which takes a minute; for many pictures")
+    parser.add_argument("--bench", nargs="*", metavar=("SIZE", "PX"), help="measure the speed of a size (B, L, XL, XXL, 2B) for "
+                        "pictures of so many pixels, --num at once, with random weights, and stop [B 336]")
     return parser.parse_args()
 
 
@@ -127,25 +131,55 @@ def load(args) -> tuple[hita.HitaTokenizer, hita.Llama, list[str], list[int]]:
     return tokenizer, llama, names, chosen
 
 
+def prepare(tokenizer: hita.HitaTokenizer, llama: hita.Llama, device: torch.device, compiled: bool) -> None:
+    """Move both to the device; on CUDA the Llama's weights become bfloat16."""
+    tokenizer.to(device, memory_format=torch.channels_last)
+    for p in llama.to(device).parameters():  # not the buffers: rotations stay in float32
+        p.data = p.data.bfloat16() if device.type == "cuda" else p.data
+    for block in llama.blocks if compiled else ():
+        block.compile()
+
+
 def decode(tokenizer: hita.HitaTokenizer, global_ids: torch.Tensor, patch_ids: torch.Tensor, native: bool) -> torch.Tensor:
-    """Ids (B, M), (B, N) -> images (B, 3, S, S) in [-1, 1] on the CPU; of 336 px S becomes 256 unless native."""
-    images = []
+    """Ids (B, M), (B, N) -> pictures (B, 3, S, S) as uint8 on the CPU; of 336 px S becomes 256 unless native."""
+    pictures = []
     for ids in zip(global_ids.split(DECODED), patch_ids.split(DECODED)):
-        x = tokenizer.decode(*ids)
+        with torch.autocast(global_ids.device.type, torch.bfloat16, enabled=global_ids.is_cuda):
+            x = tokenizer.decode(*ids).float()
         if x.shape[-1] == 336 and not native:
             x = F.interpolate(x, 256, mode="bicubic")  # without antialiasing, as for the published figures
-        images.append(x.clamp(-1, 1).cpu())
-    return torch.cat(images)
+        pictures.append(hita.to_uint8(x).cpu())
+    return torch.cat(pictures)
 
 
-def write_pictures(images: torch.Tensor, labels: list[str], image: Path, columns: int, single: bool) -> None:
+def bench(args, device: torch.device) -> None:
+    """Print the speed of generating and decoding pictures with random weights."""
+    size, px = (args.bench + ["B", "336"][len(args.bench):])[:2]
+    hita.check(size in hita.LLAMA_SIZES and px.isdecimal() and int(px) % 16 == 0 and 16 <= int(px) <= 1024,
+               f"--bench {size} {px}: the sizes are {', '.join(hita.LLAMA_SIZES)}, the pixels multiples of 16 up to 1024")
+    cfg = hita.LlamaConfig(**hita.LLAMA_SIZES[size], grid=int(px) // 16)
+    with device:
+        llama, tokenizer = hita.Llama(cfg).eval(), hita.HitaTokenizer(hita.TokenizerConfig(image_size=int(px))).eval()
+    prepare(tokenizer, llama, device, args.compile)
+    sampler = hita.Sampler(llama, args.num, args.cfg_scale, args.temperature, args.top_k, args.top_p)
+    class_ids, T = torch.zeros(args.num, dtype=torch.int64, device=device), sampler.total
+    weights = sum(p.numel() for p in llama.blocks.parameters()) + cfg.dim * cfg.codebook_size           # read at each step
+    cache = sum(x.numel() for x in sampler.caches) / sampler.caches[0].shape[3] * (T + 1) / 2           # the filled half
+    title = f"{size}, {px} px, {llama.norm.weight.dtype}, batch {args.num}, guidance {args.cfg_scale}"
+    hita.measure(f"generate {title}", lambda: sampler(class_ids), device, args.num, T,
+                 read=T * (weights + cache) * llama.norm.weight.element_size())
+    ids = sampler(class_ids)
+    hita.measure(f"decode {px} px, batch {args.num}", lambda: decode(tokenizer, *ids, native=True), device, args.num)
+
+
+def write_pictures(pictures: torch.Tensor, labels: list[str], image: Path, columns: int, single: bool) -> None:
     """Write the grid and, if asked, each picture as <image>/<class>-<number>.png. Raises HitaError if that is impossible."""
     try:
         image.parent.mkdir(parents=True, exist_ok=True)
-        hita.save_grid(images, image, columns)
+        hita.save_grid(pictures, image, columns)
         if single:
             image.with_suffix("").mkdir(exist_ok=True)
-            for i, (picture, label) in enumerate(zip(images, labels)):
+            for i, (picture, label) in enumerate(zip(pictures, labels)):
                 name = re.sub(r"[^\w.-]", "_", label)[:60]
                 hita.save_grid(picture[None], image.with_suffix("") / f"{name}-{i:04d}.png", 1)
     except OSError as e:
@@ -159,20 +193,23 @@ def main():
     hita.check(1 <= args.num <= 10_000, f"--num is {args.num}, it must lie between 1 and 10000")
     hita.check(0 <= args.seed < 2 ** 32, f"--seed is {args.seed}, it must lie between 0 and {2 ** 32 - 1}")
     hita.check_sampling(args.cfg_scale, args.temperature, args.top_k, args.top_p)
+    if args.bench is not None:
+        return bench(args, hita.start(args.device))
     image = Path(args.image or Path(args.out or "out") / "samples.png")
     hita.check(image.suffix.lower() in hita.IMAGE_TYPES, f"--image is {image}, its ending must be that of a picture, as .png")
     device = hita.start(args.device)
     tokenizer, llama, names, chosen = load(args)
-    tokenizer, llama = tokenizer.to(device), llama.to(device)
+    prepare(tokenizer, llama, device, args.compile)
     class_ids = torch.tensor(chosen, device=device).repeat_interleave(args.num)
     generator = torch.Generator(device).manual_seed(args.seed)
-    start, images = time.time(), []
+    start, pictures, sampler = time.time(), [], None
     chunks = class_ids.split(CHUNK)
     for chunk in hita.bar(chunks, "pictures", len(chunks) > 1, CHUNK):
-        ids = llama.generate(chunk, args.cfg_scale, args.temperature, args.top_k, args.top_p, generator, progress=True)
-        images.append(decode(tokenizer, *ids, args.native))
+        if sampler is None or len(chunk) < CHUNK:
+            sampler = hita.Sampler(llama, len(chunk), args.cfg_scale, args.temperature, args.top_k, args.top_p)
+        pictures.append(decode(tokenizer, *sampler(chunk, generator, progress=True), args.native))
     seconds = time.time() - start
-    write_pictures(torch.cat(images), [names[i] for i in class_ids], image, args.num, args.single)
+    write_pictures(torch.cat(pictures), [names[i] for i in class_ids], image, args.num, args.single)
     print(f"{', '.join(names[i] for i in chosen)}, {args.num} each, in {seconds:.1f} s "
           f"({len(class_ids) / seconds:.2f} images/s): {image}")
 

@@ -1146,9 +1146,10 @@ def test_pictures_of_336_px_become_256_px_as_in_the_protocol(small_released, mon
     monkeypatch.setattr(sample, "DECODED", 2)
     tokenizer, ids = small_released[0], (torch.randint(16384, (3, 128)), torch.randint(16384, (3, 441)))
     native = tokenizer.decode(*ids)
-    assert torch.allclose(sample.decode(tokenizer, *ids, native=True), native.clamp(-1, 1), atol=1e-4)
-    expected = F.interpolate(native, 256, mode="bicubic", antialias=False, align_corners=False).clamp(-1, 1)
-    assert torch.allclose(sample.decode(tokenizer, *ids, native=False), expected, atol=1e-4)
+    near = lambda pictures, images: (pictures - (images.clamp(-1, 1) + 1) * 127.5).abs().max() <= 0.51
+    assert near(sample.decode(tokenizer, *ids, native=True), native)
+    expected = F.interpolate(native, 256, mode="bicubic", antialias=False, align_corners=False)
+    assert near(sample.decode(tokenizer, *ids, native=False), expected)
 
 
 def test_sampling_with_another_tokenizer_is_refused(tmp_path, monkeypatch):

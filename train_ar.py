@@ -5,10 +5,11 @@
     python train_ar.py --steps 5000 --out out-long  the demo, longer
     python train_ar.py --resume                     go on with the run in out/
     python train_ar.py --preset B --tokenizer hita-u --init-from hita-u-b-250e --data DIR           fine-tune a released one
+    python train_ar.py --preset XL --batch-size 64 --accumulate 2 --bench      speed and memory, with random weights and ids
 
 The pictures are encoded once, into tokens-train.npy in the run directory: memory-mapped rows of [class, M global ids,
-N patch ids], the plain centre crop and its mirror image, and more augmented copies with --copies. The Llama trains on ids
-alone. The run directory gets llama.pt (the newest state of the run), llama.jsonl (one line of figures per log interval) and
+N patch ids], the plain centre crop and its mirror image, and more augmented copies with --copies; an encoding that was
+interrupted goes on where it was. The Llama trains on ids alone. The run directory gets llama.pt (the newest state of the run), llama.jsonl (one line of figures per log interval) and
 llama-<step>.png (samples). SIGTERM or Ctrl-C while it trains: the step is finished, the run saved.
 """
 
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader
 import hita
 from hita import option
 
+BLOCK = 64  # pictures encoded at once
 # Not to be chosen here: the data and the tokenizer decide, and the last is for sample.py.
 NO_FLAGS = ("num_classes", "num_global", "grid", "codebook_size", "released_sampling")
 
@@ -36,6 +38,7 @@ class Training(hita.Settings):
     """The recipe. The defaults are the released one (300 epochs of ImageNet)."""
     steps: int = option(1_501_200, "optimizer steps", high=10 ** 9)
     batch_size: int = option(256, "pictures per step, over all processes")
+    accumulate: int = option(1, "parts in which each batch is worked on, one after another, to save memory")
     lr: float = option(1e-4, "learning rate", 1e-12)
     lr_final: float = option(1e-4, "learning rate at the end of the cosine schedule", 1e-12)
     warmup: int = option(0, "steps of linear warm-up", 0, 10 ** 9)
@@ -62,20 +65,14 @@ def parse_args():
     None). Flags that are not given have the values of the checkpoint, without one those of the preset."""
     parser = hita.Parser(__doc__)
     preset = parser.add_choice("--preset", list(RECIPES), "emoji", "size of the Llama and recipe to start from")
-    parser.add_argument("--data", help="folder with train/<class>/<pictures> and val/... [the embedded emoji pictures]")
     parser.add_argument("--tokenizer", help="tokenizer checkpoint, or hita-v or hita-u [tokenizer.pt in the run directory]")
-    parser.add_argument("--out", default="out", help="run directory [out]")
-    parser.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help="go on with a run: from this checkpoint, or "
-                        "from the newest in the run directory, where a new run starts if there is none")
-    parser.add_argument("--device", help="cuda, mps or cpu [the best there is]")
-    parser.add_argument("--init-from", metavar="CHECKPOINT", help="fine-tune: start from the weights of this file or released "
-                        "model (`python sample.py --list`), with its --preset [random weights]")
-    parser.add_argument("--dino-file", help="DINOv2 weights, the original .pth or timm's .safetensors [from the Hub]")
+    parser.add_run("fine-tune: start from the weights of this file or released model (`python sample.py --list`), with its --preset "
+                   "[random weights]")
     parser.add_config("model", hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), skip=NO_FLAGS)
     parser.add_config("training", RECIPES[preset])
     args = parser.parse_args()
     cfg, recipe = hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), RECIPES[preset]
-    saved = hita.find_run(args, "llama", Training)
+    saved = None if args.bench else hita.find_run(args, "llama", Training)
     if saved and not hasattr(args, "preset"):
         cfg, recipe = saved["config"], saved["recipe"]
     return args, hita.override(cfg, args), hita.override(recipe, args), saved
@@ -85,7 +82,8 @@ def parse_args():
 def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.ImageFolder, copies: int, device: torch.device,
                 recipe: Training) -> np.memmap:
     """Rows [class, M global ids, N patch ids] of all pictures in `copies` versions, encoded now or read from the cache.
-    The cache is used if neither tokenizer, pictures nor preparation changed. The processes share the work."""
+    The cache is used if neither tokenizer, pictures nor preparation changed. The processes share the work, in float32: in
+    bfloat16 or TF32 some ids would be others."""
     rows, cfg = copies * len(data), tokenizer.cfg
     width = 1 + cfg.num_global + cfg.grid ** 2
     small = max(cfg.codebook_size, len(data.classes)) <= 65536
@@ -97,22 +95,35 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.ImageFolde
     except (OSError, ValueError):  # missing or damaged
         known = False
     if hita.all_sum(torch.tensor(float(known))) < hita.world():  # all must agree
-        temporary = path.with_suffix(".tmp")
+        # blocks of rows; a byte for each says whether it is on the disk, so that an interrupted encoding can go on
+        temporary, done = (path.with_suffix(f".{signature}.{kind}") for kind in ("tmp", "done"))
         if hita.rank() == 0:
-            note.unlink(missing_ok=True)
-            np.lib.format.open_memmap(temporary, "w+", np.uint16 if small else np.int32, (rows, width)).flush()
+            for old in (note, *path.parent.glob(f"{path.stem}.*.*")):
+                if old not in (temporary, done):
+                    old.unlink(missing_ok=True)
+            if not (temporary.exists() and done.exists()):
+                np.lib.format.open_memmap(temporary, "w+", np.uint16 if small else np.int32, (rows, width)).flush()
+                done.write_bytes(bytes(-(-rows // BLOCK)))
         hita.barrier()
-        empty, share = np.load(temporary, mmap_mode="r"), [rows * r // hita.world() for r in (hita.rank(), hita.rank() + 1)]
-        loader = DataLoader(data, 64, sampler=[divmod(row, len(data)) for row in range(*share)], num_workers=recipe.workers)
-        with open(temporary, "r+b") as f:  # not through the map, where a full disk would be a crash
-            f.seek(empty.offset + share[0] * width * empty.itemsize)
-            for images, labels in hita.bar(loader, f"encoding {path.stem}", hita.rank() == 0, 64):
-                ids = torch.cat([labels[:, None], *(x.cpu() for x in tokenizer.encode(images.to(device)))], dim=1)  # (B, 1+M+N)
-                f.write(ids.numpy().astype(empty.dtype).tobytes())
+        empty, left = np.load(temporary, mmap_mode="r"), np.flatnonzero(np.fromfile(done, np.uint8) == 0)[hita.rank()::hita.world()]
+        hita.barrier()  # all have read what is left before the first of it is done
+        items = [[divmod(row, len(data)) for row in range(b * BLOCK, min((b + 1) * BLOCK, rows))] for b in left]
+        loader = DataLoader(data, batch_sampler=items, num_workers=recipe.workers)
+        with open(temporary, "r+b") as f, open(done, "r+b") as marks:  # not through the map, where a full disk would be a crash
+            for b, (images, labels) in zip(left.tolist(), hita.bar(loader, f"encoding {path.stem}", hita.rank() == 0, BLOCK)):
+                ids = tokenizer.encode(images.to(device, memory_format=torch.channels_last))
+                f.seek(empty.offset + b * BLOCK * width * empty.itemsize)
+                f.write(torch.cat([labels[:, None], *(x.cpu() for x in ids)], dim=1).numpy().astype(empty.dtype).tobytes())
+                f.flush()
+                os.fsync(f.fileno())
+                marks.seek(b)
+                marks.write(b"\1")
+                marks.flush()
         hita.barrier()
         if hita.rank() == 0:
             os.replace(temporary, path)
             note.write_text(signature)
+            done.unlink()
         hita.barrier()
     return np.load(path, mmap_mode="r")
 
@@ -128,9 +139,13 @@ def report_usage(tokens: np.memmap, cfg: hita.TokenizerConfig) -> None:
             print(f"training set: {name} codebook {use:.1%} in use, perplexity {perplexity:.0f} of {cfg.codebook_size}")
 
 
-def split(rows: np.ndarray, M: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cache rows (B, 1 + M + N) -> class ids (B,), global ids (B, M), patch ids (B, N)."""
-    rows = torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
+def to_device(rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Rows of the cache as int64."""
+    return torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
+
+
+def split(rows: torch.Tensor, M: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows (B, 1 + M + N) -> class ids (B,), global ids (B, M), patch ids (B, N)."""
     return rows[:, 0], rows[:, 1:1 + M], rows[:, 1 + M:]
 
 
@@ -161,7 +176,7 @@ def evaluate(ema: hita.Llama, tokens: np.memmap, device: torch.device) -> dict[s
     total = torch.zeros(3, device=device)                                         # global, patch, number of pictures
     mine = tokens[hita.rank()::hita.world()]
     for i in range(0, len(mine), 64):
-        class_ids, global_ids, patch_ids = split(mine[i:i + 64], ema.cfg.num_global, device)
+        class_ids, global_ids, patch_ids = split(to_device(mine[i:i + 64], device), ema.cfg.num_global)
         losses = hita.llama_losses(*ema(class_ids, global_ids, patch_ids), global_ids, patch_ids)
         total += len(class_ids) * torch.stack([*losses, torch.ones_like(losses[0])])
     total = hita.all_sum(total)
@@ -178,11 +193,60 @@ def sample_grid(ema: hita.Llama, tokenizer: hita.HitaTokenizer, recipe: Training
     hita.save_grid(torch.cat(images), path, columns=12)
 
 
+def make_step(recipe: Training, llama: hita.Llama, ema: hita.Llama, compiled: bool):
+    """-> optimizer, and a function (step, rows of ids (B, 1 + M + N) on the device) -> figures, which trains for a step."""
+    optimizer = make_optimizer(llama, recipe)
+    model = DDP(llama, broadcast_buffers=False) if hita.world() > 1 else llama
+    for block in llama.blocks if compiled else ():  # one by one, since they are alike: compiled once for all
+        block.compile()
+    losses = torch.compile(hita.llama_losses) if compiled else hita.llama_losses
+    llama.train()
+
+    def train_step(step: int, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        for group in optimizer.param_groups:
+            group["lr"] = hita.learning_rate(step, recipe.steps, recipe.warmup, recipe.lr, recipe.lr_final)
+        optimizer.zero_grad()
+        total = rows.new_zeros(2, dtype=torch.float32)                            # global and patch loss of the whole batch
+        for i, part in enumerate(rows.chunk(recipe.accumulate)):
+            model.require_backward_grad_sync = i == recipe.accumulate - 1         # DDP: only the last sums over processes
+            class_ids, global_ids, patch_ids = split(part, llama.cfg.num_global)
+            with torch.autocast(rows.device.type, torch.bfloat16, enabled=rows.is_cuda):
+                logits = model(class_ids, global_ids, patch_ids)
+            both = torch.stack(losses(*logits, global_ids, patch_ids)) / recipe.accumulate
+            both.sum().backward()
+            total += both.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), recipe.clip)
+        hita.careful_step(optimizer, total.sum(), grad_norm)
+        hita.update_ema(ema, llama, recipe.ema)
+        return ({"global": total[0]} if llama.cfg.num_global else {}) | {"patch": total[1], "grad": grad_norm}
+
+    return optimizer, train_step
+
+
+def bench(args, cfg: hita.LlamaConfig, recipe: Training, device: torch.device) -> None:
+    """Print the speed of training with random weights and ids, of ImageNet's classes and 336 px unless the preset is emoji."""
+    if getattr(args, "preset", "emoji") == "emoji":
+        cfg = dataclasses.replace(cfg, num_classes=12, num_global=16, grid=8, codebook_size=512)
+    with device:
+        llama = hita.Llama(cfg)
+    ema = copy.deepcopy(llama).eval().requires_grad_(False)
+    _, train_step = make_step(recipe, llama, ema, hita.compiled(args, device))
+    rows = torch.randint(min(cfg.num_classes, cfg.codebook_size), (recipe.batch_size, 1 + cfg.num_global + cfg.num_patches), device=device)
+    title = f"{getattr(args, 'preset', 'emoji')}, {rows.shape[1] - 1} tokens, batch {recipe.batch_size} in {recipe.accumulate}"
+    hita.measure(f"train {title}, {'bfloat16' if rows.is_cuda else 'float32'}", lambda: train_step(1, rows), device,
+                 recipe.batch_size, count_flops=True)
+
+
 def main():
     args, cfg, recipe, saved = parse_args()
     device = hita.start(args.device)
+    torch.backends.cudnn.allow_tf32 = False  # for the encoder's convolutions: ids must be exact
+    hita.check(recipe.batch_size % (hita.world() * recipe.accumulate) == 0, f"the batch of {recipe.batch_size} pictures cannot be "
+               f"divided among {hita.world()} processes in {recipe.accumulate} parts; change --batch-size or --accumulate")
+    if args.bench:
+        return bench(args, cfg, recipe, device)
     tokenizer_file = args.tokenizer or str(Path(args.out) / "tokenizer.pt")
-    tokenizer = hita.load_tokenizer(tokenizer_file).to(device)
+    tokenizer = hita.load_tokenizer(tokenizer_file).to(device, memory_format=torch.channels_last)
     train = hita.ImageFolder(args.data or hita.embedded_data(), "train", tokenizer.cfg.image_size, False, recipe.crop_range, recipe.seed)
     val = hita.validation_data(train)
     cfg = dataclasses.replace(cfg, num_classes=len(train.classes), num_global=tokenizer.cfg.num_global, grid=tokenizer.cfg.grid,
@@ -203,8 +267,7 @@ def main():
     val_tokens = token_cache(out / "tokens-val.npy", tokenizer, val, 1, device, recipe)
 
     ema = copy.deepcopy(llama).eval().requires_grad_(False)
-    model = DDP(llama, broadcast_buffers=False) if hita.world() > 1 else llama
-    optimizer = make_optimizer(llama, recipe)
+    optimizer, train_step = make_step(recipe, llama, ema, hita.compiled(args, device))
     log = hita.Log(out / "llama.jsonl", recipe.steps, device)
     parts = {"model": llama, "ema": ema, "optimizer": optimizer, "log": log, "random": hita.RandomState(device)}
     facts = {"config": dataclasses.asdict(cfg), "recipe": dataclasses.asdict(recipe), "pictures": train.fingerprint(),
@@ -216,7 +279,6 @@ def main():
         print(f"llama {sum(p.numel() for p in llama.parameters()) / 1e6:.1f}M parameters, {len(tokens)} rows of ids, "
               f"{device} x {hita.world()}\n{cfg}\n{recipe}", flush=True)
     batches = iter(hita.Shuffled(len(tokens), recipe.batch_size, recipe.seed, first_step=saved["step"] if saved else 0))
-    llama.train()
 
     def look(step: int) -> dict[str, float]:
         """Evaluation: pictures and figures."""
@@ -226,20 +288,7 @@ def main():
         return evaluate(ema, val_tokens, device)
 
     for step in hita.steps(out, "llama", recipe, parts, facts, saved, look):
-        rows = tokens[[index for _, index in next(batches)]]
-        class_ids, global_ids, patch_ids = split(rows, cfg.num_global, device)
-        for group in optimizer.param_groups:
-            group["lr"] = hita.learning_rate(step, recipe.steps, recipe.warmup, recipe.lr, recipe.lr_final)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(class_ids, global_ids, patch_ids)
-        global_loss, patch_loss = hita.llama_losses(*logits, global_ids, patch_ids)
-        loss = global_loss + patch_loss
-        optimizer.zero_grad()
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), recipe.clip)
-        hita.careful_step(optimizer, loss, grad_norm)
-        hita.update_ema(ema, llama, recipe.ema)
-        log.add(step, ({"global": global_loss} if cfg.num_global else {}) | {"patch": patch_loss, "grad": grad_norm})
+        log.add(step, train_step(step, to_device(tokens[[index for _, index in next(batches)]], device)))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
     python train_tokenizer.py --k 0 --out out-k0                 an ablation: globals may be ignored
     python train_tokenizer.py --resume                           go on with the run in out/
     python train_tokenizer.py --preset hita-u --init-from hita-u --data DIR      fine-tune the released Hita-U
+    python train_tokenizer.py --preset hita-v --batch-size 32 --bench            speed and memory, with random weights
 
 --data DIR holds train/<class>/<pictures> and, if there is a validation split, val/<class>/<pictures>.
 The run directory gets tokenizer.pt (the newest state of the run), tokenizer.jsonl (one line of figures per log interval) and
@@ -44,6 +45,7 @@ class Training(hita.Settings):
     log_every: int = option(100, "steps between log lines", high=10 ** 9)
     eval_every: int = option(5000, "steps between evaluations, pictures and checkpoints", high=10 ** 9)
     keep_every: int = option(50_000, "checkpoints of multiples of this step are kept, 0 keeps only the newest", 0, 10 ** 9)
+    recompute: bool = option(False, "save memory: compute the conv nets' activations again in the backward pass")
     workers: int = option(8, "data loader processes; 0 loads in this one", 0, 1024)
 
 
@@ -60,28 +62,24 @@ def parse_args():
     have the values of the checkpoint, without one those of the preset."""
     parser = hita.Parser(__doc__)
     preset = parser.add_choice("--preset", list(RECIPES), "emoji", "model and recipe to start from")
-    parser.add_argument("--data", help="folder with train/<class>/<pictures> and val/... [the embedded emoji pictures]")
-    parser.add_argument("--out", default="out", help="run directory [out]")
-    parser.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help="go on with a run: from this checkpoint, or "
-                        "from the newest in the run directory, where a new run starts if there is none")
-    parser.add_argument("--device", help="cuda, mps or cpu [the best there is]")
-    parser.add_argument("--init-from", metavar="CHECKPOINT", help="fine-tune: start from the weights of this file or released "
-                        "tokenizer (hita-v, hita-u), with the preset and flags it was trained with [random weights]")
-    parser.add_argument("--dino-file", help="DINOv2 weights, the original .pth or timm's .safetensors [from the Hub]")
+    parser.add_run("fine-tune: start from the weights of this file or released tokenizer (hita-v, hita-u), with the preset and "
+                   "flags it was trained with [random weights]")
     parser.add_config("model", hita.TOKENIZERS[preset])
     parser.add_config("training", RECIPES[preset])
     args = parser.parse_args()
     if getattr(args, "num_global", None) == 0 and not hasattr(args, "k"):
         args.k = 0  # without global tokens there is nothing to replace patches with
     cfg, recipe = hita.TOKENIZERS[preset], RECIPES[preset]
-    saved = hita.find_run(args, "tokenizer", Training)
+    saved = None if args.bench else hita.find_run(args, "tokenizer", Training)
     if saved and not hasattr(args, "preset"):
         cfg, recipe = saved["config"], saved["recipe"]
     return args, hita.override(cfg, args), hita.override(recipe, args), saved
 
 
-def build(cfg: hita.TokenizerConfig, recipe: Training, device: torch.device, dino_file: str | None, init_from: str | None):
-    """-> tokenizer, its EMA copy, discriminator, perceptual loss or None; the same weights in every process."""
+def build(cfg: hita.TokenizerConfig, recipe: Training, device: torch.device, dino_file: str | None, init_from: str | None,
+          pretrained: bool = True):
+    """-> tokenizer, its EMA copy, discriminator, perceptual loss or None; the same weights in every process.
+    pretrained=False gives DINOv2 and the perceptual loss random weights."""
     hita.check(cfg.image_size >= 24 or recipe.gan_weight == 0, f"the discriminator needs pictures of at least 24 pixels, "
                f"image_size is {cfg.image_size}; train with --gan-weight 0")
     torch.manual_seed(recipe.seed)
@@ -92,9 +90,12 @@ def build(cfg: hita.TokenizerConfig, recipe: Training, device: torch.device, din
         start_discriminator(discriminator, data.get("discriminator"), init_from)
     tokenizer, discriminator = (m.to(device, memory_format=torch.channels_last) for m in (tokenizer, discriminator))
     ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
-    hita.attach_dino(tokenizer, dino_file)
+    if pretrained or not cfg.uses_dino:
+        hita.attach_dino(tokenizer, dino_file)
+    else:
+        tokenizer.dino = hita.DINOv2(cfg.dino, pretrained=False)
     ema.dino = tokenizer.dino
-    perceptual = hita.PerceptualLoss().to(device) if recipe.lpips_weight > 0 else None
+    perceptual = hita.PerceptualLoss(pretrained).to(device) if recipe.lpips_weight > 0 else None
     torch.manual_seed(recipe.seed + hita.rank())  # dropout differs between the processes
     return tokenizer, ema, discriminator, perceptual
 
@@ -170,42 +171,30 @@ def usage(hits: torch.Tensor) -> dict[str, float]:
     return figures
 
 
-def main():
-    args, cfg, recipe, saved = parse_args()
-    device = hita.start(args.device)
-    train = hita.ImageFolder(args.data or hita.embedded_data(), "train", cfg.image_size, True, recipe.crop_range, recipe.seed)
-    val = hita.validation_data(train)
-    if saved:
-        hita.check_settings(saved, cfg, recipe, train)
-    tokenizer, ema, discriminator, perceptual = build(cfg, recipe, device, args.dino_file, None if saved else args.init_from)
-    out = hita.run_directory(args.out)
+def make_step(cfg: hita.TokenizerConfig, recipe: Training, compiled: bool, tokenizer, ema, discriminator, perceptual):
+    """-> the optimizers of tokenizer and discriminator, and a function (step, images) -> (figures, uses of codes (2, V)) that
+    trains both models for a step."""
+    for level in (*tokenizer.encoder.levels, *tokenizer.decoder.levels):
+        level.recompute = recipe.recompute
+    parts = [tokenizer.encoder, *([tokenizer.extractor, tokenizer.fusion] if cfg.num_global else []), tokenizer.decoder,
+             tokenizer.dino, discriminator, perceptual]  # not the quantizers, which stay in float32
+    for part in filter(None, parts if compiled else []):
+        part.compile()
     optimizer = torch.optim.Adam(tokenizer.parameters(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
-    log = hita.Log(out / "tokenizer.jsonl", recipe.steps, device)
-    parts = {"model": tokenizer, "ema": ema, "discriminator": discriminator, "optimizer": optimizer, "optimizer_d": optimizer_d,
-             "log": log, "random": hita.RandomState(device)}
-    facts = {"config": dataclasses.asdict(cfg), "recipe": dataclasses.asdict(recipe), "pictures": train.fingerprint(),
-             "files": {"data": args.data, "dino_file": args.dino_file}}
     model, judge = tokenizer, discriminator
     if hita.world() > 1:
         model, judge = DDP(tokenizer, broadcast_buffers=False), DDP(discriminator, broadcast_buffers=False)
-    order = hita.Shuffled(len(train), recipe.batch_size, recipe.seed, first_step=saved["step"] if saved else 0)
-    batches = iter(DataLoader(train, batch_sampler=order, num_workers=recipe.workers, worker_init_fn=hita.ignore_signals,
-                              pin_memory=device.type == "cuda"))
-    if hita.rank() == 0:
-        print(f"tokenizer {sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f}M parameters, {len(train)} pictures, "
-              f"{device} x {hita.world()}\n{cfg}\n{recipe}", flush=True)
     tokenizer.train()
-    look = lambda step: evaluate(ema, val, device, out / f"tokenizer-{step:06d}.png")
-    for step in hita.steps(out, "tokenizer", recipe, parts, facts, saved, look, usage):
-        images = next(batches)[0].to(device, non_blocking=True, memory_format=torch.channels_last)   # (B, 3, H, W)
+
+    def train_step(step: int, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         for group in optimizer.param_groups:
             group["lr"] = hita.learning_rate(step, recipe.steps, recipe.warmup, recipe.lr, recipe.lr_final)
         adversarial = step >= recipe.gan_start and recipe.gan_weight > 0
 
         # generator
         discriminator.requires_grad_(False)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
             result = model(images)
             losses = generator_losses(images, result, recipe, perceptual, discriminator if adversarial else None)
         loss = sum(losses.values())
@@ -220,8 +209,52 @@ def main():
         if adversarial:
             discriminator.requires_grad_(True)
             metrics |= discriminator_step(images, result.recon.detach(), judge, optimizer_d, recipe)
+        return metrics, both_counts(result, cfg)
 
-        log.add(step, metrics, both_counts(result, cfg))
+    return optimizer, optimizer_d, train_step
+
+
+def bench(args, cfg: hita.TokenizerConfig, recipe: Training, device: torch.device) -> None:
+    """Print the speed of encoding, decoding and training with random weights and pictures, LPIPS and discriminator at work."""
+    models = build(cfg, recipe, device, None, None, pretrained=False)
+    *_, train_step = make_step(cfg, recipe, hita.compiled(args, device), *models)
+    B, ema = recipe.batch_size, models[1]
+    images = (2 * torch.rand(B, 3, cfg.image_size, cfg.image_size, device=device) - 1).to(memory_format=torch.channels_last)
+    title = f"{args.preset if hasattr(args, 'preset') else 'emoji'}, {cfg.image_size} px, batch {B}"
+    hita.measure(f"encode {title}, float32", lambda: ema.encode(images), device, B, count_flops=True)
+    ids = ema.encode(images)
+    hita.measure(f"decode {title}, float32", lambda: ema.decode(*ids), device, B, count_flops=True)
+    hita.measure(f"train {title}, {'bfloat16' if images.is_cuda else 'float32'}", lambda: train_step(recipe.gan_start, images),
+                 device, B, count_flops=True)
+
+
+def main():
+    args, cfg, recipe, saved = parse_args()
+    device = hita.start(args.device)
+    if args.bench:
+        return bench(args, cfg, recipe, device)
+    train = hita.ImageFolder(args.data or hita.embedded_data(), "train", cfg.image_size, True, recipe.crop_range, recipe.seed)
+    val = hita.validation_data(train)
+    if saved:
+        hita.check_settings(saved, cfg, recipe, train)
+    models = tokenizer, ema, discriminator, _ = build(cfg, recipe, device, args.dino_file, None if saved else args.init_from)
+    out = hita.run_directory(args.out)
+    optimizer, optimizer_d, train_step = make_step(cfg, recipe, hita.compiled(args, device), *models)
+    log = hita.Log(out / "tokenizer.jsonl", recipe.steps, device)
+    parts = {"model": tokenizer, "ema": ema, "discriminator": discriminator, "optimizer": optimizer, "optimizer_d": optimizer_d,
+             "log": log, "random": hita.RandomState(device)}
+    facts = {"config": dataclasses.asdict(cfg), "recipe": dataclasses.asdict(recipe), "pictures": train.fingerprint(),
+             "files": {"data": args.data, "dino_file": args.dino_file}}
+    order = hita.Shuffled(len(train), recipe.batch_size, recipe.seed, first_step=saved["step"] if saved else 0)
+    batches = iter(DataLoader(train, batch_sampler=order, num_workers=recipe.workers, worker_init_fn=hita.ignore_signals,
+                              pin_memory=device.type == "cuda"))
+    if hita.rank() == 0:
+        print(f"tokenizer {sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f}M parameters, {len(train)} pictures, "
+              f"{device} x {hita.world()}\n{cfg}\n{recipe}", flush=True)
+    look = lambda step: evaluate(ema, val, device, out / f"tokenizer-{step:06d}.png")
+    for step in hita.steps(out, "tokenizer", recipe, parts, facts, saved, look, usage):
+        images = next(batches)[0].to(device, non_blocking=True, memory_format=torch.channels_last)   # (B, 3, H, W)
+        log.add(step, *train_step(step, images))
 
 
 if __name__ == "__main__":
