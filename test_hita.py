@@ -1,6 +1,7 @@
 """Tests of hita.py and the scripts: `pytest`, CPU only, no network, under two minutes on two cores."""
 
 import argparse
+import copy
 import dataclasses
 import http.server
 import io
@@ -358,19 +359,91 @@ def test_perceptual_loss_has_no_dropout():
 
 # Llama ---------------------------------------------------------------------------------------------------------------
 
+def logits_of_steps(llama: hita.Llama, *args, **how) -> tuple[torch.Tensor, torch.Tensor]:
+    """generate(*args, **how) -> the logits of all its steps (B, M + N, V), ids (B, M + N)."""
+    seen = []
+    hooks = [head.register_forward_hook(lambda module, args, out: seen.append(out)) for head in llama.heads()]
+    ids = torch.cat(llama.generate(*args, **how), dim=1)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([x.flatten(0, -2) for x in seen], dim=1).float(), ids
+
+
 @pytest.mark.parametrize("changes", [{}, dict(num_global=0)])
 def test_cached_steps_equal_the_full_forward(changes):
     """Every position, so also M - 1, M and M + 1, where table, head and positions change."""
     llama = tiny_llama(**changes)
     class_ids = torch.tensor([1, 4])
-    seen = []
-    for head in llama.heads():
-        head.register_forward_hook(lambda module, args, out: seen.append(out[:, -1] if out.dim() == 3 else out))
-    global_ids, patch_ids = llama.generate(class_ids, top_k=1)
-    cached = torch.stack(seen, dim=1)                                  # (B, M + N, V)
-    full = torch.cat(llama(class_ids, global_ids, patch_ids), dim=1)
-    assert torch.allclose(cached, full, atol=1e-4)
-    assert torch.equal(full.argmax(-1), torch.cat([global_ids, patch_ids], 1))
+    cached, ids = logits_of_steps(llama, class_ids, top_k=1)
+    full = torch.cat(llama(class_ids, *ids.split([llama.cfg.num_global, 16], dim=1)), dim=1)
+    assert torch.allclose(cached, full, atol=1e-4) and torch.equal(full.argmax(-1), ids)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(num_global=0), dict(released_sampling=True)])
+def test_given_tokens_are_read_at_once_and_a_sampler_can_be_used_again(changes):
+    llama, class_ids = tiny_llama(**changes), torch.arange(5)
+    sampler = hita.Sampler(llama, 5, 2.0, top_k=1)
+    ids = torch.cat(sampler(class_ids), dim=1)
+    for length in (0, 1, 5, 6, 7, ids.shape[1] - 1, ids.shape[1]):
+        assert torch.equal(torch.cat(sampler(class_ids, given=ids[:, :length]), dim=1), ids)
+    sampler.span = 8                                                   # attention over caches of few lengths, as on CUDA
+    sampler.caches = [F.pad(cache, (0, 0, 0, -ids.shape[1] % 8)) for cache in sampler.caches]
+    assert torch.equal(torch.cat(sampler(class_ids), dim=1), ids)
+    sampler = hita.Sampler(llama, 5, 2.0)
+    draw = lambda: torch.cat(sampler(class_ids, torch.Generator().manual_seed(1)), dim=1)
+    assert torch.equal(draw(), draw()) and not torch.equal(draw(), ids)
+    for wrong in (dict(class_ids=class_ids[:4]), dict(class_ids=class_ids, given=ids[:4]), dict(class_ids=class_ids, given=torch.cat([ids, ids], 1))):
+        with pytest.raises(hita.HitaError):
+            sampler(**wrong)
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    llama = tiny_llama(num_global=0, grid=1, codebook_size=4, num_classes=1)
+    llama.patch_head.weight.data *= 0.5
+    ids = torch.zeros(20_000, dtype=torch.int64)
+    _, drawn = llama.generate(ids)
+    expected = llama(ids[:1], ids[:1, None][:, :0], ids[:1, None])[1][0, 0].softmax(-1)
+    assert (drawn.flatten().bincount(minlength=4) / len(ids)).tolist() == pytest.approx(expected.tolist(), abs=0.02)   # 5 standard deviations
+
+
+@pytest.mark.parametrize("rows", [1, 2, 32, 33])
+def test_few_rows_pass_a_linear_layer_as_many_do(rows):
+    layer, x = hita.Linear(48, 40), torch.randn(rows, 1, 48)
+    with torch.no_grad():
+        y = layer(x)
+    assert y.is_contiguous() and torch.allclose(y, x @ layer.weight.T, atol=1e-6) and torch.equal(layer(x), F.linear(x, layer.weight))
+
+
+def test_steps_in_bfloat16_stay_near_the_float32_forward():
+    llama, class_ids = tiny_llama(), torch.arange(5)
+    half = copy.deepcopy(llama)
+    for p in half.parameters():                                        # as sample.py does on CUDA
+        p.data = p.data.bfloat16()
+    cached, ids = logits_of_steps(half, class_ids, top_k=1)
+    full = torch.cat(llama(class_ids, ids[:, :6], ids[:, 6:]), dim=1)
+    assert (cached - full).abs().max() < 0.05 * full.std() and not torch.equal(cached, full)
+
+
+def test_compiled_blocks_draw_the_same_tokens():
+    llama = tiny_llama()
+    draw = lambda: torch.cat(llama.generate(torch.arange(5), 2.0, generator=torch.Generator().manual_seed(1)), dim=1)
+    plain = draw()
+    for block in llama.blocks:
+        block.compile(backend="eager", fullgraph=True)                 # traced as a whole, but run without a C++ compiler
+    assert torch.equal(draw(), plain)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_steps_recorded_on_cuda_equal_the_plain_forward():
+    llama, class_ids = tiny_llama().cuda(), torch.arange(5, device="cuda")
+    sampler = hita.Sampler(llama, 5, top_k=1)
+    for _ in range(2):                                                 # recorded while drawing, then launched only
+        g, p = sampler(class_ids)
+        assert torch.equal(torch.cat(llama(class_ids, g, p), dim=1).argmax(-1), torch.cat([g, p], 1)) and len(sampler.graphs) == 2
+    sample.prepare(tiny().cuda(), llama, torch.device("cuda"), compiled=False)
+    full = torch.cat(llama.float()(class_ids, g, p), dim=1)
+    cached, _ = logits_of_steps(llama.bfloat16(), class_ids, given=torch.cat([g, p], 1)[:, :-1])
+    assert (cached[:, -1] - full[:, -1]).abs().max() < 0.05 * full.std()
 
 
 def test_llama_is_causal_and_sees_the_class():
@@ -401,11 +474,9 @@ def test_guidance_of_one_is_the_identity_and_guidance_reaches_the_logits():
     unconditional = draw(0.0)                                          # scale 0 forgets the class
     llama.class_embedding.weight.data[:5] += 1
     assert torch.equal(unconditional, draw(0.0))
-    seen = []
-    llama.patch_head.register_forward_hook(lambda module, args, out: seen.append(out[:, -1] if out.dim() == 3 else out))
-    _, patch_ids = llama.generate(class_ids, 3.0, top_k=1)
-    cond, uncond = torch.stack(seen, dim=1).chunk(2)                   # (B, N, V) each
-    assert torch.equal(patch_ids, (3 * cond - 2 * uncond).argmax(-1))
+    logits, ids = logits_of_steps(llama, class_ids, 3.0, top_k=1)
+    cond, uncond = logits.chunk(2)                                     # (B, M + N, V) each
+    assert torch.equal(ids, (3 * cond - 2 * uncond).argmax(-1))
 
 
 def test_sampling_is_repeatable_and_stays_in_range():
@@ -941,6 +1012,50 @@ def test_token_cache_is_reused_and_rebuilt_when_anything_changes(tmp_path):
     assert path.stat().st_mtime_ns != stamp
 
 
+def test_an_interrupted_encoding_goes_on_where_it_was(tmp_path, monkeypatch):
+    data, device, recipe = hita.ImageFolder(picture_folder(tmp_path / "data"), "train", 16), torch.device("cpu"), train_ar.RECIPES["emoji"]
+    tokenizer, encoded = tiny(), []
+    whole = train_ar.token_cache(tmp_path / "whole.npy", tokenizer, data, 2, device, recipe).copy()
+    monkeypatch.setattr(train_ar, "BLOCK", 5)                          # 24 rows in 5 blocks
+    def encode(images):
+        encoded.append(len(images))
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        return hita.HitaTokenizer.encode(tokenizer, images)
+    tokenizer.encode = encode
+    build = lambda: train_ar.token_cache(tmp_path / "tokens.npy", tokenizer, data, 2, device, recipe)
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    assert not (tmp_path / "tokens.npy").exists()
+    assert np.array_equal(build(), whole) and encoded == [5, 5, 5, 5, 5, 4]
+    assert sorted(p.name for p in tmp_path.glob("tokens*")) == ["tokens.npy", "tokens.txt"]
+
+
+def test_parts_of_a_batch_add_up_to_the_batch():
+    llama, rows = tiny_llama(dropout=0.0, token_dropout=0.0, class_dropout=0.0), torch.cat([x.reshape(4, -1) for x in tiny_ids(4)], 1)
+    def weights(parts):
+        recipe, own = dataclasses.replace(train_ar.RECIPES["emoji"], accumulate=parts), copy.deepcopy(llama)
+        *_, step = train_ar.make_step(recipe, own, copy.deepcopy(own), compiled=False)
+        losses = [step(i, rows)["patch"] for i in (1, 2, 3)]
+        return torch.cat([torch.stack(losses), *(p.detach().flatten() for p in own.parameters())])
+    assert torch.allclose(weights(1), weights(4), atol=1e-5) and not torch.allclose(weights(1)[3:], weights(1)[3:] * 0, atol=1e-3)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    tokenizer, images, grads = tiny(dropout=0.0).train(), torch.rand(2, 3, 16, 16), []
+    for recompute in (False, True):
+        recipe = dataclasses.replace(train_tokenizer.RECIPES["emoji"], recompute=recompute)
+        train_tokenizer.make_step(tokenizer.cfg, recipe, False, tokenizer, tokenizer, hita.PatchDiscriminator(8), None)
+        calls = []
+        hook = tokenizer.encoder.levels[0].res[0].register_forward_hook(lambda *args: calls.append(1))
+        tokenizer.zero_grad()
+        tokenizer(images).recon.square().sum().backward()
+        hook.remove()
+        grads.append([p.grad.clone() for p in tokenizer.parameters() if p.grad is not None])
+        assert len(calls) == 1 + recompute
+    assert all(map(torch.equal, *grads))
+
+
 # scripts -------------------------------------------------------------------------------------------------------------
 
 def script(*args: str, processes: int = 1) -> subprocess.CompletedProcess:
@@ -990,6 +1105,22 @@ def test_the_three_scripts_one_after_another_and_two_processes_equal_one(tmp_pat
     assert Image.open(out / "samples.png").size == (3 * 26 + 2, 2 * 26 + 2) and len(list((out / "samples").iterdir())) == 6
 
 
+@pytest.mark.parametrize("command, works", [
+    ("sample.py --bench emoji 16 --num 2", ["generate emoji, 16 px", "decode 16 px"]),
+    ("train_ar.py --bench --batch-size 4 --accumulate 2", ["train emoji, 80 tokens, batch 4 in 2"]),
+    ("train_tokenizer.py --bench --batch-size 2 --recompute", ["encode emoji, 64 px", "decode emoji", "train emoji"])])
+def test_speed_is_measured_without_data(command, works, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", command.split())
+    monkeypatch.setattr(time, "perf_counter", iter(range(0, 1000, 20)).__next__)    # every call takes 20 s
+    {"train_tokenizer.py": train_tokenizer, "train_ar.py": train_ar, "sample.py": sample}[command.split()[0]].main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(works) and all(line.startswith(work) for line, work in zip(lines, works))
+    steps = 129 if "generate" in lines[0] else 1                       # 128 global tokens, 1 patch
+    assert f"on cpu, {torch.get_num_threads()} threads: {20_000 / steps:.4g} ms/step" in lines[0] and "peak of this device unknown" in lines[0]
+    assert "peak memory" in lines[-1] and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command, message", [
     ("train_tokenizer.py --preset hita-w", "hita-w"), ("train_tokenizer.py --codebok-size 5", "--codebook-size"),
     ("train_tokenizer.py --k 99", "num_global"), ("train_tokenizer.py --k x", "x"), ("train_tokenizer.py --steps 0", "steps"),
@@ -1002,7 +1133,8 @@ def test_the_three_scripts_one_after_another_and_two_processes_equal_one(tmp_pat
     ("train_tokenizer.py --channel-mult 1,,2", "channel-mult"), ("train_tokenizer.py --batch-size 100000000", "batch_size"),
     ("train_tokenizer.py --resume nowhere.pt", "nowhere.pt"), ("train_tokenizer.py --resume data/README.md", "data/README.md"),
     ("train_tokenizer.py --image-size 8192 --channels 65536 --latent-dim 65536", "memory"),
-    ("train_ar.py --tokenizer assets/samples.png", "samples.png"), ("train_ar.py --copies 0", "copies")])
+    ("train_ar.py --tokenizer assets/samples.png", "samples.png"), ("train_ar.py --copies 0", "copies"),
+    ("train_ar.py --batch-size 10 --accumulate 3", "--accumulate"), ("sample.py --bench Q", "2B"), ("sample.py --bench B 100", "100")])
 def test_bad_requests_get_one_line_and_status_2(command, message, tmp_path, monkeypatch):
     name, *args = command.split()
     monkeypatch.setattr(sys, "argv", [name, *args, "--out", str(tmp_path / "out")])
