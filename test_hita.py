@@ -1038,7 +1038,7 @@ def test_parts_of_a_batch_add_up_to_the_batch():
         *_, step = train_ar.make_step(recipe, own, copy.deepcopy(own), compiled=False)
         losses = [step(i, rows)["patch"] for i in (1, 2, 3)]
         return torch.cat([torch.stack(losses), *(p.detach().flatten() for p in own.parameters())])
-    assert torch.allclose(weights(1), weights(4), atol=1e-5) and not torch.allclose(weights(1)[3:], weights(1)[3:] * 0, atol=1e-3)
+    assert torch.allclose(weights(1), weights(4), atol=1e-5) and weights(1)[0] > weights(1)[2]
 
 
 def test_recomputed_activations_give_the_same_gradients():

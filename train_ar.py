@@ -9,8 +9,9 @@
 
 The pictures are encoded once, into tokens-train.npy in the run directory: memory-mapped rows of [class, M global ids,
 N patch ids], the plain centre crop and its mirror image, and more augmented copies with --copies; an encoding that was
-interrupted goes on where it was. The Llama trains on ids alone. The run directory gets llama.pt (the newest state of the run), llama.jsonl (one line of figures per log interval) and
-llama-<step>.png (samples). SIGTERM or Ctrl-C while it trains: the step is finished, the run saved.
+interrupted goes on where it was. The Llama trains on ids alone. The run directory gets llama.pt (the newest state of the
+run), llama.jsonl (one line of figures per log interval) and llama-<step>.png (samples). SIGTERM or Ctrl-C while it trains: the
+step is finished, the run saved.
 """
 
 import copy
