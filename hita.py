@@ -1914,9 +1914,6 @@ def measure(title: str, work, device: torch.device, images: int, steps: int = 1,
     median counts. count_flops: count the operations; read: bytes that work() must at least read from memory."""
     import resource  # not on Windows
     module, cuda, times = torch.get_device_module(device), device.type == "cuda", []
-    if count_flops:
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-            work()
     while len(times) < 2 or sum(times[1:]) < 10:
         if cuda and len(times) == 1:
             module.reset_peak_memory_stats()
@@ -1926,7 +1923,10 @@ def measure(title: str, work, device: torch.device, images: int, steps: int = 1,
         times.append(time.perf_counter() - start)
     seconds = float(np.median(times[1:]))
     name = torch.cuda.get_device_name(device) if cuda else f"{device.type}, {torch.get_num_threads()} threads"
-    memory = module.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = module.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if count_flops:  # last, since it takes memory of its own
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            work()
     peak = next((peak for key, peak in PEAKS.items() if key in name), (None, None))
     share = lambda value, limit: f"{value / limit:.0%} of its peak" if limit else "peak of this device unknown"
     print(f"{title} on {name}: {1000 * seconds / steps:.4g} ms/step, {images / seconds:.3g} images/s"
