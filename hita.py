@@ -53,7 +53,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -99,7 +99,7 @@ class Settings:
 @dataclass
 class TokenizerConfig(Settings):
     """Architecture of the tokenizer. The defaults are the released Hita-V: 104.2 M parameters without DINOv2."""
-    image_size: int = option(336, "side of the square training images in pixels", high=8192)
+    image_size: int = option(336, "side of the square training images in pixels", 11, 8192)
     channels: int = option(128, "channels of the conv nets at full resolution")
     channel_mult: tuple = option((1, 1, 2, 2, 4), "channel multiplier of each level; each further level halves the resolution")
     res_blocks: int = option(2, "residual blocks per encoder level (the decoder has one more)", high=64)
@@ -322,7 +322,7 @@ class DINOv2(nn.Module):
         check(file is None or os.path.isfile(file), f"there is no DINOv2 weights file {file}")
         check(timm.is_model(name), f"timm has no model {name}")
         if file is None and pretrained:
-            file, = fetch(name, otherwise="pass the original dinov2_vitl14_reg4_pretrain.pth with --dino-file")
+            file, = fetch(name, otherwise="pass the original dinov2_vitl14_reg4_pretrain.pth with --dino-file (or --features, for --fd)")
         try:
             overlay = dict(pretrained_cfg_overlay=dict(state_dict=read_tensors(file))) if file else {}
             self.vit = timm.create_model(name, pretrained=file is not None, img_size=self.SIZE, num_classes=0, **overlay)
@@ -749,6 +749,54 @@ def psnr(images: Tensor, recon: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each picture, (B, 3, H, W) in [-1, 1] -> (B,)."""
     mse = (images - recon.clamp(-1, 1)).float().square().flatten(1).mean(dim=1)
     return 10 * torch.log10(4 / mse.clamp(min=1e-10))
+
+
+def ssim(images: Tensor, recon: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of each picture, (B, 3, H, W) in [-1, 1] -> (B,), so with a data range of 2.
+    Each channel by itself, in a Gaussian window of 11 pixels with sigma 1.5, wherever it fits; sides of 11 pixels or more."""
+    window = torch.exp(-torch.arange(-5, 6, device=images.device) ** 2 / (2 * 1.5 ** 2))
+    window = (window[:, None] * window / window.sum() ** 2).expand(3, 1, 11, 11)
+    mean = lambda x: F.conv2d(x, window, groups=3)
+    x, y = images.float(), recon.float().clamp(-1, 1)
+    mx, my = mean(x), mean(y)
+    vx, vy, cov = mean(x * x) - mx ** 2, mean(y * y) - my ** 2, mean(x * y) - mx * my
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).flatten(1).mean(dim=1)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance of the normal distributions fitted to features (n, D) and (m, D), as in FID (Heusel et al. 2017):
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2).
+
+    With C = R^T R, where R comes from a QR decomposition of the centred features, the last trace is the sum of the singular
+    values of R_a R_b^T: exact where C has not full rank, too. Raises HitaError for fewer than two pictures.
+    """
+    check(min(len(a), len(b)) >= 2, f"a Fréchet distance of {len(a)} and {len(b)} pictures: at least two are needed of each")
+    a, b = a.double().cpu(), b.double().cpu()
+    roots = [torch.linalg.qr((x - x.mean(dim=0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (a, b)]
+    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    return ((a.mean(dim=0) - b.mean(dim=0)).square().sum() + sum(r.square().sum() for r in roots) - 2 * cross).item()
+
+
+@torch.enable_grad()
+def linear_probe(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor, classes: int, decay: float = 0.01) -> float:
+    """Share of the pictures val_x (m, D) whose class val_y (m,) a linear classifier finds that was fitted to x (n, D), y (n,):
+    logistic regression on standardised features, with the L2 penalty decay / 2 * |W|^2."""
+    mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
+    x, val_x = (x - mean) / std, (val_x - mean) / std
+    layer = nn.Linear(x.shape[1], classes, device=x.device)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(layer(x), y) + decay / 2 * layer.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return (layer(val_x).argmax(dim=1) == val_y).float().mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1688,11 +1736,29 @@ def fit(image: Image.Image, size: int, rng: np.random.Generator | None = None, c
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Any picture as RGB, transparent parts white."""
+    """Any picture as RGB, upright as its EXIF data say, transparent parts white, 16 bits brought to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def read_picture(path: str | Path, size: int) -> Tensor:
+    """Any picture as (3, size, size) in [-1, 1], by the evaluation crop. Raises HitaError if it cannot be read."""
+    check(os.path.isfile(path), f"there is no picture {path}")
+    try:
+        with Image.open(path) as image:
+            return to_tensor(fit(on_white(image), size))
+    except Exception as e:  # decoders of damaged files raise nearly everything
+        raise HitaError(f"the picture {path} cannot be read ({short(e)}); open and save it again with another program") from e
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -1757,7 +1823,7 @@ class ImageFolder(torch.utils.data.Dataset):
         pixels = fit(image, self.size, rng, self.crop_range)                                # (size, size, 3)
         if rng.random() < 0.5 if random else variant == 1:
             pixels = pixels[:, ::-1]
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1, label
+        return to_tensor(pixels), label
 
     def fingerprint(self) -> str:
         """Equal for two folders with the same names in the same places: the order of the data depends on nothing else."""
@@ -1894,6 +1960,58 @@ def spread(num_classes: int, count: int = 12) -> list[int]:
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1], about, -> the nearest pixel values from 0 to 255."""
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def at_published_size(images: Tensor, antialias: bool) -> Tensor:
+    """336 px pictures at 256 px, the size of the published figures: generated ones without antialiasing; reconstructions and
+    their originals with it, and rounded to uint8 before. Others stay as they are."""
+    if images.shape[-1] != 336:
+        return images
+    return F.interpolate(to_uint8(images) / 127.5 - 1 if antialias else images, 256, mode="bicubic", antialias=antialias)
+
+
+class PictureFile:
+    """Pictures in an .npz file as uint8 (n, H, W, 3) under the key arr_0, written in any order and by several processes; memory
+    does not grow with their number. Raises HitaError if the file cannot be written."""
+
+    def __init__(self, path: Path, count: int, size: int):
+        self.path, self.temporary = path, path.with_suffix(".npy.tmp")
+        try:
+            if rank() == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                np.lib.format.open_memmap(self.temporary, "w+", np.uint8, (count, size, size, 3)).flush()
+            barrier()
+            self.start, self.file = np.load(self.temporary, mmap_mode="r").offset, open(self.temporary, "r+b")
+        except OSError as e:
+            raise HitaError(f"cannot write {path} ({short(e)}); choose another place with --npz") from e
+
+    def put(self, first: int, pictures: Tensor) -> None:
+        """Pictures (B, 3, S, S) as uint8 at the places from `first` on."""
+        self.file.seek(self.start + first * pictures[0].numel())  # not through a map, where a full disk would be a crash
+        self.file.write(pictures.permute(0, 2, 3, 1).cpu().numpy().tobytes())
+
+    def close(self) -> None:
+        """Move what was put into place, when all processes are here."""
+        self.file.close()
+        barrier()
+        if rank() == 0:
+            with zipfile.ZipFile(packed := self.temporary.with_suffix(".zip"), "w") as z:
+                z.write(self.temporary, "arr_0.npy")
+            os.replace(packed, self.path)
+            self.temporary.unlink()
+        barrier()
+
+
+def read_npz(path: str | Path) -> np.ndarray:
+    """The uint8 pictures (n, H, W, 3) of a file as `PictureFile` writes it. Raises HitaError if it holds something else."""
+    check(os.path.isfile(path), f"there is neither a folder nor a file {path}")
+    try:
+        pixels = np.load(path, allow_pickle=False)["arr_0"]
+    except Exception as e:  # numpy and zipfile raise many kinds
+        raise HitaError(f"{path} is not an .npz file with pictures under the key arr_0 ({short(e)})") from e
+    check(pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] == 3,
+          f"{path} holds {pixels.dtype} of shape {pixels.shape}, expected uint8 (n, H, W, 3)")
+    return pixels
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:

@@ -7,6 +7,13 @@
     python sample.py --model hita-u-l-250e --class 207 "tabby"
     python sample.py --bench XL 336 --num 64 --compile    speed of size XL at 336 px, with random weights
 
+    python sample.py --reconstruct a.jpg b.png            pictures beside their reconstructions
+    python sample.py --style a.jpg b.jpg --from c.jpg     patch tokens of a and b with the global tokens of c
+    python sample.py --complete a.jpg --keep 0.5 --class cat      the lower half anew, several times
+    python sample.py --keep-globals --class fruit         what the global and what the patch tokens of a sample carry
+    torchrun --nproc_per_node 8 sample.py --count 50000 --npz samples.npz      for evaluation, the same number of each class
+    python sample.py --fd samples.npz DIR                 Fréchet distance on DINOv2 features of two sets of pictures
+
 Where nothing has been trained, a released model that runs on a laptop is downloaded and used.
 """
 
@@ -16,7 +23,7 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from torchvision.models import ResNet50_Weights
 
 import hita
@@ -49,6 +56,24 @@ def parse_args():
     parser.add_argument("--single", action="store_true", help="also write each picture, into a folder beside the grid")
     parser.add_argument("--device", help="cuda, mps or cpu [the best there is]")
     parser.add_argument("--compile", action="store_true", help="torch.compile first, which takes a minute; for many pictures")
+    use = parser.add_argument_group("pictures you have (any size and kind; they are brought to the model's square)")
+    use.add_argument("--reconstruct", nargs="+", metavar="IMG", help="encode and decode these")
+    use.add_argument("--style", nargs="+", metavar="IMG", help="decode these with the global tokens of those of --from")
+    use.add_argument("--from", nargs="+", metavar="IMG", dest="styles", help="see --style")
+    use.add_argument("--complete", nargs="+", metavar="IMG", help="generate the lower part of these, --num times each")
+    use.add_argument("--keep", type=float, default=0.5, help="share of the height that is given to --complete [0.5]")
+    use.add_argument("--globals", choices=("visible", "sampled", "full"), default="visible", help="where --complete takes the global "
+                     "tokens from: the given part, the class, or the whole picture, which is an upper bound [visible]")
+    use.add_argument("--dino-file", help="DINOv2 weights, the original .pth or timm's .safetensors [from the Hub]")
+    many = parser.add_argument_group("evaluation")
+    many.add_argument("--keep-globals", action="store_true", help="one sample of the first class, with other patch tokens and "
+                      "with other global tokens")
+    many.add_argument("--count", type=int, help="so many pictures over all classes, the same number of each; with --npz")
+    many.add_argument("--random-labels", action="store_true", help="with --count: classes at random, as in the released protocol")
+    many.add_argument("--npz", metavar="FILE", help="write the pictures as uint8 (n, H, W, 3) under arr_0, instead of a grid")
+    many.add_argument("--fd", nargs=2, metavar=("A", "B"), help="Fréchet distance of the pictures in two folders or .npz files")
+    many.add_argument("--features", nargs="+", metavar=("NAME", "FILE"), default=[hita.TokenizerConfig.dino], help="timm model "
+                      "whose class token is the feature of --fd, and a file with its weights [DINOv2-L with registers, from the Hub]")
     parser.add_argument("--bench", nargs="*", metavar=("SIZE", "PX"), help="measure the speed of a size (B, L, XL, XXL, 2B) for "
                         "pictures of so many pixels, --num at once, with random weights, and stop [B 336]")
     return parser.parse_args()
@@ -140,15 +165,133 @@ def prepare(tokenizer: hita.HitaTokenizer, llama: hita.Llama, device: torch.devi
         block.compile()
 
 
+def load_encoder(args, device: torch.device) -> hita.HitaTokenizer:
+    """The tokenizer alone, with the DINOv2 that encoding needs."""
+    path, _, reason = choose(args)
+    print(f"using {path}: {reason}", flush=True)
+    tokenizer = hita.load_tokenizer(path)
+    hita.attach_dino(tokenizer, args.dino_file)
+    return tokenizer.to(device, memory_format=torch.channels_last)
+
+
+def read_pictures(paths: list[str], tokenizer: hita.HitaTokenizer, device: torch.device) -> torch.Tensor:
+    """Files -> (B, 3, S, S) at the size that the tokenizer was trained with."""
+    return torch.stack([hita.read_picture(path, tokenizer.cfg.image_size) for path in paths]).to(device)
+
+
+def reconstruct(args, device: torch.device) -> tuple[torch.Tensor, int]:
+    """--reconstruct -> pictures and columns of the grid: original, reconstruction; original, reconstruction; ..."""
+    tokenizer = load_encoder(args, device)
+    images = read_pictures(args.reconstruct, tokenizer, device)
+    recon = torch.cat([tokenizer.decode(*tokenizer.encode(part)) for part in images.split(DECODED)])
+    for path, value in zip(args.reconstruct, hita.psnr(images, recon)):
+        print(f"{path}: PSNR {value:.2f} dB")
+    return torch.stack([images, recon], dim=1).flatten(0, 1), 2
+
+
+def transfer_style(args, device: torch.device) -> tuple[torch.Tensor, int]:
+    """--style --from -> matrix: the styles above, the contents on the left, and each content with the globals of each style."""
+    tokenizer = load_encoder(args, device)
+    hita.check(tokenizer.cfg.num_global > 0, "this tokenizer has no global tokens, so there is no style to take")
+    contents, styles = (read_pictures(paths, tokenizer, device) for paths in (args.style, args.styles))
+    (_, patch_ids), (global_ids, _) = (map(torch.cat, zip(*map(tokenizer.encode, x.split(DECODED)))) for x in (contents, styles))
+    rows = [torch.cat([torch.ones_like(styles[:1]), styles])]                     # a white corner, and the styles
+    for content, ids in zip(contents, patch_ids):
+        mixed = [tokenizer.decode(part, ids.expand(len(part), -1)) for part in global_ids.split(DECODED)]
+        rows.append(torch.cat([content[None], *mixed]))
+    return torch.cat(rows), len(rows[0])
+
+
+def complete(args, device: torch.device) -> tuple[torch.Tensor, int]:
+    """--complete -> a row for each picture: the original, what is given of it, and --num completions. A red line ends the part
+    that is given.
+
+    Cell i of the patch grid is decoded from the global tokens and the patch tokens up to i - k. So of R given cells the first
+    R - k patch tokens are kept: these, and no others, decide how the given cells look, and the k tokens after them, which
+    describe cells below the line, are generated.
+    """
+    tokenizer, llama, _, chosen = load(args)
+    hita.check(args.classes is not None and len(chosen) in (1, len(args.complete)), "--complete needs the class of the pictures: "
+               "--class with one class for all, or with one for each")
+    hita.attach_dino(tokenizer, args.dino_file)
+    prepare(tokenizer, llama, device, args.compile)
+    cfg, images = tokenizer.cfg, read_pictures(args.complete, tokenizer, device)
+    lines = round(args.keep * cfg.grid)                                           # rows of cells that are given
+    hita.check(0 < lines < cfg.grid, f"--keep {args.keep} of {cfg.grid} rows of patches gives {lines}, it must be 1 to {cfg.grid - 1}")
+    line = lines * cfg.stride
+    given = images.clone()
+    given[:, :, line:] = images[:, :, :line].mean(dim=(2, 3), keepdim=True)
+    sampler = hita.Sampler(llama, args.num, args.cfg_scale, args.temperature, args.top_k, args.top_p)
+    generator, rows = torch.Generator(device).manual_seed(args.seed), []
+    for i, image in enumerate(images):
+        class_ids = torch.full((args.num,), chosen[i % len(chosen)], device=device)
+        global_ids, patch_ids = (ids.expand(args.num, -1) for ids in tokenizer.encode((images if args.globals == "full" else given)[i:i + 1]))
+        if args.globals == "sampled":
+            global_ids, _ = sampler(class_ids, generator)
+        kept = torch.cat([global_ids, patch_ids[:, :max(0, lines * cfg.grid - cfg.k)]], dim=1)
+        completed = torch.cat([tokenizer.decode(*ids) for ids in zip(*(x.split(DECODED) for x in sampler(class_ids, generator, kept)))])
+        row = torch.cat([image[None], given[i:i + 1], completed])
+        share = hita.psnr(image[None, :, :line].expand(args.num, -1, -1, -1), completed[:, :, :line]).mean()
+        print(f"{args.complete[i]}: PSNR of the given part {share:.2f} dB, global tokens: {args.globals}"
+              + (", an upper bound since they know the whole picture" if args.globals == "full" else ""))
+        row[1:, :, line:line + max(1, cfg.image_size // 128)] = row.new_tensor([1, -1, -1])[:, None, None]
+        rows.append(row)
+    return torch.cat(rows), 2 + args.num
+
+
+def keep_globals(args, device: torch.device) -> tuple[torch.Tensor, int]:
+    """--keep-globals -> two rows of --num: one sample, with its global tokens and other patch tokens; the same sample, with its
+    patch tokens and other global tokens."""
+    tokenizer, llama, names, chosen = load(args)
+    M = llama.cfg.num_global
+    hita.check(M > 0, "this model has no global tokens that could be kept")
+    prepare(tokenizer, llama, device, args.compile)
+    class_ids, generator = torch.full((args.num,), chosen[0], device=device), torch.Generator(device).manual_seed(args.seed)
+    sampler = hita.Sampler(llama, args.num, args.cfg_scale, args.temperature, args.top_k, args.top_p)
+    global_ids, patch_ids = sampler(class_ids, generator)
+    same = global_ids[:1].expand(args.num, -1)
+    _, other_patches = sampler(class_ids, generator, same)
+    other_patches[0] = patch_ids[0]
+    both = torch.cat([same, global_ids]), torch.cat([other_patches, patch_ids[:1].expand(args.num, -1)])
+    print(f"{names[chosen[0]]}: a sample with its global tokens and other patch tokens; with its patch tokens and other global tokens")
+    return decode(tokenizer, *both, args.native), args.num
+
+
+def features(source: str, dino: hita.DINOv2, device: torch.device) -> torch.Tensor:
+    """Class tokens (n, D) of the pictures in a folder (and those below it) or in an .npz file, brought to 224 px by the evaluation
+    crop."""
+    if Path(source).is_dir():
+        paths = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() in hita.IMAGE_TYPES and path.is_file())
+        read, count = lambda i: hita.read_picture(paths[i], dino.SIZE), len(paths)
+    else:
+        pixels = hita.read_npz(source)
+        read, count = lambda i: hita.to_tensor(hita.fit(Image.fromarray(pixels[i]), dino.SIZE)), len(pixels)
+    hita.check(count > 1, f"{source} has {count} pictures, at least two are needed")
+    parts = torch.arange(count).split(CHUNK)
+    return torch.cat([dino(torch.stack([read(int(i)) for i in part]).to(device))[:, 0].float().cpu()
+                      for part in hita.bar(parts, source, scale=CHUNK)])
+
+
+def print_distance(args, device: torch.device) -> None:
+    """--fd A B."""
+    name, *file = args.features
+    hita.check(len(file) <= 1, "--features takes the name of a timm model and at most one file")
+    for source in args.fd:
+        hita.check(Path(source).exists(), f"there is neither a folder nor a file {source}")
+    dino = hita.DINOv2(name, *file).to(device)
+    a, b = (features(source, dino, device) for source in args.fd)
+    print(f"FD-DINOv2 {hita.frechet_distance(a, b):.4g} between {args.fd[0]} ({len(a)} pictures) and {args.fd[1]} ({len(b)}), "
+          f"{a.shape[1]} features of {' from '.join(args.features)}"
+          + ("; with fewer pictures than features it is much too large" if min(len(a), len(b)) <= a.shape[1] else ""))
+
+
 def decode(tokenizer: hita.HitaTokenizer, global_ids: torch.Tensor, patch_ids: torch.Tensor, native: bool) -> torch.Tensor:
     """Ids (B, M), (B, N) -> pictures (B, 3, S, S) as uint8 on the CPU; of 336 px S becomes 256 unless native."""
     pictures = []
     for ids in zip(global_ids.split(DECODED), patch_ids.split(DECODED)):
         with torch.autocast(global_ids.device.type, torch.bfloat16, enabled=global_ids.is_cuda):
             x = tokenizer.decode(*ids).float()
-        if x.shape[-1] == 336 and not native:
-            x = F.interpolate(x, 256, mode="bicubic")  # without antialiasing, as for the published figures
-        pictures.append(hita.to_uint8(x).cpu())
+        pictures.append(hita.to_uint8(x if native else hita.at_published_size(x, antialias=False)).cpu())
     return torch.cat(pictures)
 
 
@@ -195,23 +338,53 @@ def main():
     hita.check_sampling(args.cfg_scale, args.temperature, args.top_k, args.top_p)
     if args.bench is not None:
         return bench(args, hita.start(args.device))
+    hita.check(bool(args.style) == bool(args.styles), "--style and --from belong together: contents and styles")
+    hita.check(args.count is None or args.npz and 1 <= args.count <= 10 ** 7, "--count is 1 to 10000000 and needs --npz FILE")
     image = Path(args.image or Path(args.out or "out") / "samples.png")
     hita.check(image.suffix.lower() in hita.IMAGE_TYPES, f"--image is {image}, its ending must be that of a picture, as .png")
     device = hita.start(args.device)
+    if args.fd:
+        return print_distance(args, device)
+    for asked, make in ((args.reconstruct, reconstruct), (args.style, transfer_style), (args.complete, complete),
+                        (args.keep_globals, keep_globals)):
+        if asked:
+            pictures, columns = make(args, device)
+            write_pictures(pictures, [], image, columns, single=False)
+            return print(image)
+    generate(args, device, image)
+
+
+def generate(args, device: torch.device, image: Path) -> None:
+    """Pictures of classes: a grid of --num of each, or with --npz a file. The processes share the chunks, and each chunk has a
+    seed of its own, so that the pictures do not depend on the number of processes."""
     tokenizer, llama, names, chosen = load(args)
     prepare(tokenizer, llama, device, args.compile)
-    class_ids = torch.tensor(chosen, device=device).repeat_interleave(args.num)
-    generator = torch.Generator(device).manual_seed(args.seed)
+    class_ids = torch.tensor(chosen).repeat_interleave(args.num)
+    if args.count:
+        classes = chosen if args.classes else range(len(names))
+        order = torch.randint(len(classes), (args.count,), generator=torch.Generator().manual_seed(args.seed)) if args.random_labels \
+            else torch.arange(args.count) % len(classes)
+        class_ids = torch.tensor(classes)[order]
+    side = tokenizer.cfg.image_size if args.native or tokenizer.cfg.image_size != 336 else 256
+    file = hita.PictureFile(Path(args.npz), len(class_ids), side) if args.npz else None
+    hita.check(file is not None or hita.world() == 1, "several processes are for --npz FILE; without it leave out torchrun")
     start, pictures, sampler = time.time(), [], None
-    chunks = class_ids.split(CHUNK)
-    for chunk in hita.bar(chunks, "pictures", len(chunks) > 1, CHUNK):
-        if sampler is None or len(chunk) < CHUNK:
-            sampler = hita.Sampler(llama, len(chunk), args.cfg_scale, args.temperature, args.top_k, args.top_p)
-        pictures.append(decode(tokenizer, *sampler(chunk, generator, progress=True), args.native))
+    generator, chunks = torch.Generator(device), class_ids.to(device).split(CHUNK)
+    mine = range(hita.rank(), len(chunks), hita.world())
+    for c in hita.bar(mine, "pictures", hita.rank() == 0 and len(mine) > 1, CHUNK * hita.world()):
+        if sampler is None or len(chunks[c]) < CHUNK:
+            sampler = hita.Sampler(llama, len(chunks[c]), args.cfg_scale, args.temperature, args.top_k, args.top_p)
+        generator.manual_seed(args.seed + (c << 32))
+        made = decode(tokenizer, *sampler(chunks[c], generator, progress=hita.rank() == 0), args.native)
+        file.put(c * CHUNK, made) if file else pictures.append(made)
+    if file:
+        file.close()
+    else:
+        write_pictures(torch.cat(pictures), [names[i] for i in class_ids], image, args.num, args.single)
     seconds = time.time() - start
-    write_pictures(torch.cat(pictures), [names[i] for i in class_ids], image, args.num, args.single)
-    print(f"{', '.join(names[i] for i in chosen)}, {args.num} each, in {seconds:.1f} s "
-          f"({len(class_ids) / seconds:.2f} images/s): {image}")
+    if hita.rank() == 0:
+        what = f"{len(class_ids)} pictures" if args.count else f"{', '.join(names[i] for i in chosen)}, {args.num} each,"
+        print(f"{what} in {seconds:.1f} s ({len(class_ids) / seconds:.2f} images/s): {args.npz or image}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tests of hita.py and the scripts: `pytest`, CPU only, no network, under two minutes on two cores."""
+"""Tests of hita.py and the scripts: `pytest`, no network, under four minutes on two CPU cores; one more where there is CUDA."""
 
 import argparse
 import copy
@@ -20,6 +20,9 @@ import lpips
 import numpy as np
 import pytest
 import safetensors.torch
+import scipy.linalg
+import scipy.ndimage
+import scipy.optimize
 import timm
 import torch
 import torch.nn.functional as F
@@ -357,6 +360,45 @@ def test_perceptual_loss_has_no_dropout():
     assert flat.grad.isfinite().all()
 
 
+# evaluation ----------------------------------------------------------------------------------------------------------
+
+def test_ssim_is_that_of_scipys_filters():
+    x = F.interpolate(torch.rand(2, 3, 8, 8), (24, 20), mode="bicubic").clamp(0, 1) * 2 - 1
+    y = (x + 0.3 * torch.randn_like(x)).clamp(-1, 1)
+    def reference(a, b):                                               # one channel, in [-1, 1]
+        mean = lambda v: scipy.ndimage.gaussian_filter(v, 1.5, truncate=3.5)[5:-5, 5:-5]
+        va, vb, cov = (mean(u * v) - mean(u) * mean(v) for u, v in ((a, a), (b, b), (a, b)))
+        ma, mb, c1, c2 = mean(a), mean(b), 0.02 ** 2, 0.06 ** 2
+        return ((2 * ma * mb + c1) * (2 * cov + c2) / ((ma ** 2 + mb ** 2 + c1) * (va + vb + c2))).mean()
+    expected = [np.mean([reference(a, b) for a, b in zip(*pair)]) for pair in zip(x.double().numpy(), y.double().numpy())]
+    assert hita.ssim(x, y).tolist() == pytest.approx(expected, abs=1e-4) and hita.ssim(x, x).tolist() == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("n", [200, 5])                                # 5 pictures: covariances have not full rank
+def test_frechet_distance_is_that_of_scipys_matrix_root(n):
+    a, b = torch.randn(n, 8) @ torch.randn(8, 8), torch.randn(n + 3, 8) + 1
+    C = [np.cov(x.double().numpy().T) for x in (a, b)]
+    root = scipy.linalg.sqrtm(C[0] @ C[1] + 1e-12 * np.eye(8)).real
+    expected = (a.mean(0) - b.mean(0)).square().sum().item() + np.trace(C[0] + C[1] - 2 * root)
+    assert hita.frechet_distance(a, b) == pytest.approx(expected, rel=1e-3)
+    assert hita.frechet_distance(a, a) == pytest.approx(0, abs=1e-9) and hita.frechet_distance(a, b) == pytest.approx(hita.frechet_distance(b, a))
+    with pytest.raises(hita.HitaError, match="two"):
+        hita.frechet_distance(a[:1], b)
+
+
+def test_linear_probe_finds_the_optimum_that_scipy_finds():
+    centres = torch.randn(3, 4)
+    y, val_y = torch.arange(60) % 3, torch.arange(300) % 3
+    x, val_x = centres[y] + torch.randn(60, 4), centres[val_y] + torch.randn(300, 4)
+    norm = lambda v: ((v - x.mean(0)) / x.std(0)).double().numpy()
+    def loss(w):
+        logits = norm(x) @ w[:12].reshape(4, 3) + w[12:]
+        return (scipy.special.logsumexp(logits, axis=1) - logits[np.arange(60), y.numpy()]).mean() + 0.01 / 2 * (w[:12] ** 2).sum()
+    w = scipy.optimize.minimize(loss, np.zeros(15), tol=1e-8).x
+    expected = ((norm(val_x) @ w[:12].reshape(4, 3) + w[12:]).argmax(1) == val_y.numpy()).mean()
+    assert hita.linear_probe(x, y, val_x, val_y, 3) == pytest.approx(expected, abs=0.01) and 0.4 < expected < 0.99
+
+
 # Llama ---------------------------------------------------------------------------------------------------------------
 
 def logits_of_steps(llama: hita.Llama, *args, **how) -> tuple[torch.Tensor, torch.Tensor]:
@@ -589,8 +631,8 @@ def test_tiny_seeded_components_give_the_same_numbers_as_ever(component, golden)
 
 # checkpoints ---------------------------------------------------------------------------------------------------------
 
-def save_tiny(folder: Path, **changes) -> tuple[hita.HitaTokenizer, hita.Llama]:
-    tokenizer, llama = tiny(**changes), tiny_llama()
+def save_tiny(folder: Path, tokenizer: hita.HitaTokenizer | None = None) -> tuple[hita.HitaTokenizer, hita.Llama]:
+    tokenizer, llama = tokenizer or tiny(), tiny_llama()
     hita.save_checkpoint(folder / "tokenizer.pt", {"kind": "tokenizer", "config": dataclasses.asdict(tokenizer.cfg),
                                                    "ema": tokenizer.state_dict()})
     hita.save_checkpoint(folder / "llama.pt", {"kind": "llama", "config": dataclasses.asdict(llama.cfg), "ema": llama.state_dict(),
@@ -910,6 +952,29 @@ def test_transparent_pictures_get_a_white_ground():
     assert hita.on_white(image).getpixel((0, 0)) == (255, 255, 255) and hita.on_white(Image.new("L", (4, 4))).mode == "RGB"
 
 
+def test_any_kind_of_picture_is_read(tmp_path):
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:, :30], pixels[:20, 30:] = (200, 100, 50), (10, 220, 90)
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    exif[0x0112] = 6                                                   # to be turned by 90 degrees to the right
+    image.save(tmp_path / "rgb.png")
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    image.convert("CMYK").save(tmp_path / "cmyk.tif")
+    image.convert("RGBA").save(tmp_path / "rgba.webp", lossless=True)
+    image.quantize(4).save(tmp_path / "palette.gif")
+    image.convert("L").save(tmp_path / "grey.png")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    expected, grey = (hita.read_picture(tmp_path / name, 16) for name in ("rgb.png", "grey.png"))
+    assert expected.shape == (3, 16, 16) and expected.std() > 0.3
+    for name in ("turned.png", "cmyk.tif", "rgba.webp", "palette.gif"):
+        assert torch.allclose(hita.read_picture(tmp_path / name, 16), expected, atol=0.03), name
+    assert torch.allclose(hita.read_picture(tmp_path / "grey16.png", 16), grey, atol=0.01)
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    for name, message in (("none.png", "no picture"), ("bad.png", "bad.png cannot be read")):
+        with pytest.raises(hita.HitaError, match=message):
+            hita.read_picture(tmp_path / name, 16)
+
+
 def png(width: int, height: int) -> bytes:
     """A picture that says it has so many pixels but has none."""
     header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
@@ -1134,7 +1199,9 @@ def test_speed_is_measured_without_data(command, works, tmp_path, monkeypatch, c
     ("train_tokenizer.py --resume nowhere.pt", "nowhere.pt"), ("train_tokenizer.py --resume data/README.md", "data/README.md"),
     ("train_tokenizer.py --image-size 8192 --channels 65536 --latent-dim 65536", "memory"),
     ("train_ar.py --tokenizer assets/samples.png", "samples.png"), ("train_ar.py --copies 0", "copies"),
-    ("train_ar.py --batch-size 10 --accumulate 3", "--accumulate"), ("sample.py --bench Q", "2B"), ("sample.py --bench B 100", "100")])
+    ("train_ar.py --batch-size 10 --accumulate 3", "--accumulate"), ("sample.py --bench Q", "2B"), ("sample.py --bench B 100", "100"),
+    ("sample.py --count 5", "--npz"), ("sample.py --style a.png", "--from"), ("sample.py --fd nowhere nowhere", "nowhere"),
+    ("train_tokenizer.py --eval", "train_tokenizer.py"), ("train_tokenizer.py --eval nowhere.pt", "nowhere.pt")])
 def test_bad_requests_get_one_line_and_status_2(command, message, tmp_path, monkeypatch):
     name, *args = command.split()
     monkeypatch.setattr(sys, "argv", [name, *args, "--out", str(tmp_path / "out")])
@@ -1296,3 +1363,132 @@ def test_sampling_with_another_tokenizer_is_refused(tmp_path, monkeypatch):
 def test_names_of_classes_do_not_lead_out_of_the_folder(tmp_path):
     sample.write_pictures(torch.zeros(2, 3, 8, 8), ["../../up", "x" * 300], tmp_path / "out/x.png", 2, single=True)
     assert len(list((tmp_path / "out/x").iterdir())) == 2 and not list(tmp_path.glob("*.png"))
+
+
+# zero-shot use and evaluation ----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def shown(tmp_path, monkeypatch):
+    """-> function that runs sample.py with a tiny model on some pictures a.png, b.png and returns the pictures of its grid."""
+    for i, name in enumerate(("a.png", "b.png")):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (5, 5, 3), dtype=np.uint8)).resize((30, 20)).save(tmp_path / name)
+    tokenizer = tiny()
+    tokenizer.extractor.queries.data.zero_()
+    images = torch.stack([hita.read_picture(tmp_path / name, 16) for name in ("a.png", "b.png")])
+    tokenizer.global_down.bias.data -= tokenizer.embed(images, None)[0].mean(dim=(0, 1))    # a's global codes are opposite to b's
+    save_tiny(tmp_path, tokenizer)
+    def run(*args):
+        grids = []
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(hita, "save_grid", lambda pictures, path, columns: grids.append((pictures, columns)))
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--out", str(tmp_path), *map(str, args)])
+        sample.main()
+        return grids[0] if grids else None
+    return run
+
+
+def test_style_transfer_with_the_own_globals_is_reconstruction_and_with_others_is_not(shown, capsys):
+    pairs, columns = shown("--reconstruct", "a.png", "b.png")
+    assert columns == 2 and capsys.readouterr().out.count(" dB") == 2
+    matrix, columns = shown("--style", "a.png", "b.png", "--from", "a.png", "b.png")
+    assert columns == 3 and len(matrix) == 9
+    assert torch.equal(matrix[[3, 6]], pairs[[0, 2]]) and torch.equal(matrix[[1, 2]], pairs[[0, 2]])     # the margins
+    assert torch.allclose(matrix[[4, 8]], pairs[[1, 3]], atol=1e-3)
+    assert (matrix[5] - matrix[4]).abs().max() > 0.01 and (matrix[7] - matrix[8]).abs().max() > 0.01
+    with pytest.raises(hita.HitaError, match="--from"):
+        shown("--style", "a.png")
+
+
+@pytest.mark.parametrize("source", ["visible", "sampled", "full"])
+def test_a_completion_keeps_what_is_given(shown, source, monkeypatch, tmp_path):
+    decoded, states, true = [], [], hita.HitaTokenizer.decode
+    def decode(self, *ids):
+        hook = self.fusion.register_forward_hook(lambda module, args, out: states.append(out))
+        decoded.append(torch.cat(ids, dim=1))
+        picture = true(self, *ids)
+        hook.remove()
+        return picture
+    monkeypatch.setattr(hita.HitaTokenizer, "decode", decode)
+    pictures, columns = shown("--complete", "a.png", "--class", "3", "--keep", 0.5, "--num", 3, "--globals", source)
+    tokenizer, image = hita.load_tokenizer(tmp_path / "tokenizer.pt"), hita.read_picture(tmp_path / "a.png", 16)
+    visible = image.clone()
+    visible[:, 8:] = image[:, :8].mean(dim=(1, 2), keepdim=True)
+    assert columns == 5 and torch.equal(pictures[0], image) and torch.allclose(pictures[1][:, 9:], visible[:, 9:], atol=1e-6)
+    ids, = decoded
+    g, p = tokenizer.encode((image if source == "full" else visible)[None])
+    assert torch.equal(ids[:, 6:6 + 8 - 2], p[:, :6].expand(3, -1))    # two of four rows of four, but for the last k
+    assert torch.equal(ids[:, :6], g.expand(3, -1)) == (source != "sampled") and not torch.equal(ids[0, 14:], ids[1, 14:])
+    if source != "sampled":                                            # what the decoder gets for the given cells is the same
+        assert torch.allclose(states[0][:, :8], states[0][:1, :8].expand(3, -1, -1), atol=1e-5)
+        assert not torch.allclose(states[0][0, 8:], states[0][1, 8:], atol=1e-2)
+    for wrong in (("--keep", 0.01), ("--keep", 1)):
+        with pytest.raises(hita.HitaError, match="--keep"):
+            shown("--complete", "a.png", "--class", "3", *wrong)
+    with pytest.raises(hita.HitaError, match="--class"):
+        shown("--complete", "a.png")
+
+
+def test_kept_globals(shown, monkeypatch):
+    seen, true = [], sample.decode
+    monkeypatch.setattr(sample, "decode", lambda tokenizer, g, p, native: (seen.extend([g, p]), true(tokenizer, g, p, native))[1])
+    pictures, columns = shown("--keep-globals", "--class", "2", "--num", 4)
+    (same, globals_), (patches, same_patches) = (x.split(4) for x in seen)
+    assert columns == 4 and torch.equal(pictures[0], pictures[4])      # the sample itself
+    assert all(len(x.unique(dim=0)) == 1 for x in (same, same_patches)) and all(len(x.unique(dim=0)) == 4 for x in (globals_, patches))
+
+
+def test_many_pictures_go_to_an_npz_file_whatever_the_number_of_processes(tmp_path):
+    tokenizer, llama = save_tiny(tmp_path)
+    for processes in (1, 2):
+        result = script("sample.py", "--out", tmp_path, "--count", 130, "--npz", tmp_path / f"{processes}.npz", processes=processes)
+        assert result.returncode == 0 and "130 pictures in" in result.stdout, result.stderr
+    one, two = (np.load(tmp_path / f"{n}.npz")["arr_0"] for n in (1, 2))
+    assert one.shape == (130, 16, 16, 3) and one.dtype == np.uint8 and np.array_equal(one, two) and np.array_equal(hita.read_npz(tmp_path / "1.npz"), one)
+    sampler = hita.Sampler(llama, 64, 2.0)
+    ids = sampler(torch.arange(64, 128) % 5, torch.Generator().manual_seed(1 << 32))       # class-balanced; a seed for each chunk
+    difference = sample.decode(tokenizer, *ids, True).permute(0, 2, 3, 1).numpy().astype(int) - one[64:128]
+    assert abs(difference).max() <= 1                                  # other threads and order of memory
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_distance_between_files_and_folders(tmp_path, monkeypatch, capsys):
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=pixels)
+    (tmp_path / "b/deep").mkdir(parents=True)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / f"b/deep/{i}.png")
+    np.savez(tmp_path / "c.npz", arr_0=255 - pixels)
+    name = "vit_small_patch14_reg4_dinov2.lvd142m"
+    safetensors.torch.save_file(timm.create_model(name, num_classes=0).state_dict(), tmp_path / "x.safetensors")
+    def distance(a, b):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--fd", str(tmp_path / a), str(tmp_path / b), "--features", name, str(tmp_path / "x.safetensors")])
+        sample.main()
+        return float(capsys.readouterr().out.split("FD-DINOv2 ")[1].split()[0])
+    assert distance("a.npz", "b") == pytest.approx(0, abs=1e-6) and distance("a.npz", "c.npz") > 1e-3
+    np.savez(tmp_path / "wrong.npz", arr_0=pixels / 255)
+    for wrong in ("wrong.npz", "nowhere", "x.safetensors"):
+        with pytest.raises(hita.HitaError, match=wrong):
+            distance("a.npz", wrong)
+
+
+@pytest.mark.parametrize("flags", [["--num-global", 0, "--k", 0], ["--k", 0], ["--k", 6], ["--dino", "vit_small_patch14_reg4_dinov2.lvd142m", "--dino-dim", 384]])
+def test_ablations_work_from_training_to_evaluation(train, flags, tmp_path, monkeypatch):
+    if "--dino" in flags:
+        safetensors.torch.save_file(timm.create_model(flags[1], num_classes=0).state_dict(), tmp_path / "dino.safetensors")
+    dino = ["--dino-file", tmp_path / "dino.safetensors"] if "--dino" in flags else []
+    train(train_tokenizer, "out", *RUN, *flags, *dino, "--gan-weight", 0, "--steps", 1)
+    train(train_ar, "out", *SMALL_AR[:6], *RUN[-12:-2], *dino, "--steps", 1)
+    for args in (["--eval", "--npz", "out/val"], ["--class", "1", "--num", 2], ["--complete", "data/val/class0/0.png", "--class", "1", "--num", 2]):
+        module = train_tokenizer if "--eval" in args else sample
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+        monkeypatch.setattr(sys, "argv", ["x", "--out", "out", *map(str, args + (dino if module == sample else []))])
+        module.main()
+    line, = figures(tmp_path / "out/eval.jsonl")
+    assert {"psnr", "ssim", "patch_use", "patch_ppl", "probe_patch", "probe_chance", "k", "dino"} <= set(line) and line["pictures"] == 30
+    assert ("probe_global" in line and "global_use" in line) == (line["num_global"] > 0)
+    originals, recon = (hita.read_npz(tmp_path / f"out/val-{kind}.npz") for kind in ("originals", "reconstructions"))
+    assert originals.shape == recon.shape == (30, 24, 24, 3)
+    val = hita.ImageFolder(tmp_path / "data", "val", 24)
+    assert np.array_equal(originals[7], ((val[0, 7][0] + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(np.uint8))

@@ -7,6 +7,8 @@
     python train_tokenizer.py --resume                           go on with the run in out/
     python train_tokenizer.py --preset hita-u --init-from hita-u --data DIR      fine-tune the released Hita-U
     python train_tokenizer.py --preset hita-v --batch-size 32 --bench            speed and memory, with random weights
+    python train_tokenizer.py --eval                             figures of the trained tokenizer, also added to out/eval.jsonl
+    python train_tokenizer.py --eval hita-u --data imagenet --npz out/u          of a released one, and pictures for rFID
 
 --data DIR holds train/<class>/<pictures> and, if there is a validation split, val/<class>/<pictures>.
 The run directory gets tokenizer.pt (the newest state of the run), tokenizer.jsonl (one line of figures per log interval) and
@@ -15,6 +17,7 @@ tokenizer-<step>.png (originals beside reconstructions). SIGTERM or Ctrl-C: the 
 
 import copy
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,13 +67,16 @@ def parse_args():
     preset = parser.add_choice("--preset", list(RECIPES), "emoji", "model and recipe to start from")
     parser.add_run("fine-tune: start from the weights of this file or released tokenizer (hita-v, hita-u), with the preset and "
                    "flags it was trained with [random weights]")
+    parser.add_argument("--eval", nargs="?", const="", metavar="CHECKPOINT", help="evaluate this tokenizer, a file or hita-v or "
+                        "hita-u, on the validation pictures and stop [tokenizer.pt in the run directory]")
+    parser.add_argument("--npz", metavar="PREFIX", help="with --eval: write <PREFIX>-originals.npz and <PREFIX>-reconstructions.npz")
     parser.add_config("model", hita.TOKENIZERS[preset])
     parser.add_config("training", RECIPES[preset])
     args = parser.parse_args()
     if getattr(args, "num_global", None) == 0 and not hasattr(args, "k"):
         args.k = 0  # without global tokens there is nothing to replace patches with
     cfg, recipe = hita.TOKENIZERS[preset], RECIPES[preset]
-    saved = None if args.bench else hita.find_run(args, "tokenizer", Training)
+    saved = None if args.bench or args.eval is not None else hita.find_run(args, "tokenizer", Training)
     if saved and not hasattr(args, "preset"):
         cfg, recipe = saved["config"], saved["recipe"]
     return args, hita.override(cfg, args), hita.override(recipe, args), saved
@@ -138,23 +144,72 @@ def discriminator_step(images: torch.Tensor, recon: torch.Tensor, judge: torch.n
 
 
 @torch.no_grad()
-def evaluate(ema: hita.HitaTokenizer, data: hita.ImageFolder, device: torch.device, picture: Path) -> dict[str, float]:
-    """PSNR in dB and use of both codebooks over the validation split, with the EMA weights; writes originals beside
-    reconstructions to `picture`."""
+def evaluate(ema: hita.HitaTokenizer, data: hita.ImageFolder, device: torch.device, picture: Path,
+             perceptual: hita.PerceptualLoss | None = None, npz: list[hita.PictureFile] = ()) -> dict[str, float]:
+    """PSNR in dB, SSIM, LPIPS if there is a net for it, and use of both codebooks over the validation split, with the EMA
+    weights, of 336 px pictures at 256 px; writes originals beside reconstructions to `picture` and to two .npz files."""
     loader = DataLoader(data, 16, sampler=[(0, i) for i in range(hita.rank(), len(data), hita.world())])
-    total = torch.zeros(2, device=device)                                         # sum of PSNR, number of pictures
+    total = torch.zeros(4, device=device)                                         # sums of PSNR, SSIM, LPIPS; number of pictures
     hits = torch.zeros(2, ema.cfg.codebook_size, device=device)                   # uses of each global and each patch code
-    for images, _ in loader:
-        images = images.to(device)
-        out = ema(images)
-        total += torch.stack([hita.psnr(images, out.recon).sum(), images.new_tensor(len(images))])
+    for i, (images, _) in enumerate(hita.bar(loader, "evaluating", len(npz) > 0, 16)):
+        out = ema(images.to(device))
         hits += both_counts(out, ema.cfg)
+        pairs = [hita.at_published_size(x, antialias=True) for x in (images.to(device), out.recon.float())]
+        lpips = perceptual(*pairs) if perceptual else hits.new_zeros(())
+        figures = hita.psnr(*pairs).mean(), hita.ssim(*pairs).mean(), lpips, torch.ones_like(lpips)
+        total += len(images) * torch.stack(figures)
+        for file, pictures in zip(npz, pairs):
+            file.put(16 * i, hita.to_uint8(pictures))
     total, hits = hita.all_sum(total), hita.all_sum(hits)
     if hita.rank() == 0:
         shown = torch.stack([data[0, i * len(data) // 24][0] for i in range(24)]).to(device)
         pairs = torch.stack([shown, ema(shown).recon], dim=1).flatten(0, 1)       # original, reconstruction, original, ...
         hita.save_grid(pairs, picture, columns=12)
-    return {"psnr": (total[0] / total[1]).item()} | usage(hits)
+    psnr, ssim, lpips, _ = (total / total[3]).tolist()
+    return {"psnr": psnr, "ssim": ssim} | ({"lpips": lpips} if perceptual else {}) | usage(hits)
+
+
+@torch.no_grad()
+def probes(tokenizer: hita.HitaTokenizer, train: hita.ImageFolder, val: hita.ImageFolder, device: torch.device) -> dict[str, float]:
+    """Top-1 accuracy on the validation split of linear classifiers of the quantized global and of the quantized patch tokens,
+    fitted to up to 20,000 pictures of the training split, beside that of the most frequent class."""
+    features, labels = {}, {}
+    for split, data, every in (("train", train, max(1, len(train) // 20_000)), ("val", val, 1)):
+        loader = DataLoader(data, 16, sampler=[(0, i) for i in range(0, len(data), every)])
+        parts = [(tokenizer.encode(images.to(device)), classes) for images, classes in hita.bar(loader, f"encoding {split}", scale=16)]
+        global_ids, patch_ids = (torch.cat(ids) for ids in zip(*(ids for ids, _ in parts)))
+        features[split] = {"patch": tokenizer.patch_quantizer.lookup(patch_ids).flatten(1)}     # (n, N * C)
+        if tokenizer.cfg.num_global:
+            features[split]["global"] = tokenizer.global_quantizer.lookup(global_ids).flatten(1)
+        labels[split] = torch.cat([classes for _, classes in parts]).to(device)
+    found = {f"probe_{kind}": hita.linear_probe(features["train"][kind], labels["train"], features["val"][kind], labels["val"],
+                                                len(train.classes)) for kind in sorted(features["train"])}
+    return found | {"probe_chance": (labels["val"] == labels["train"].mode().values).float().mean().item()}
+
+
+def evaluate_checkpoint(args, device: torch.device) -> None:
+    """--eval: print all figures of a tokenizer and add them to eval.jsonl in the run directory."""
+    hita.check(hita.world() == 1, "--eval works in one process; leave out torchrun")
+    path, out = args.eval or str(Path(args.out) / "tokenizer.pt"), hita.run_directory(args.out)
+    saved = hita.read_checkpoint(path, "tokenizer")
+    tokenizer = hita.load_model(saved, path).to(device, memory_format=torch.channels_last)
+    hita.attach_dino(tokenizer, args.dino_file or saved.get("files", {}).get("dino_file"))
+    train = hita.ImageFolder(args.data or saved.get("files", {}).get("data") or hita.embedded_data(), "train", tokenizer.cfg.image_size)
+    val, perceptual = hita.validation_data(train), None
+    try:
+        perceptual = hita.PerceptualLoss().to(device)
+    except hita.HitaError as e:
+        print(f"without {e}")
+    size = 256 if tokenizer.cfg.image_size == 336 else tokenizer.cfg.image_size
+    npz = [hita.PictureFile(Path(f"{args.npz}-{kind}.npz"), len(val), size) for kind in ("originals", "reconstructions") if args.npz]
+    figures = evaluate(tokenizer, val, device, out / "eval.png", perceptual, npz)
+    for file in npz:
+        file.close()
+    line = {"tokenizer": path, "step": saved.get("step"), "num_global": tokenizer.cfg.num_global, "k": tokenizer.cfg.k,
+            "dino": tokenizer.cfg.dino, "pictures": len(val), **figures, **probes(tokenizer, train, val, device)}
+    print(" ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in line.items()))
+    with open(out / "eval.jsonl", "a") as f:
+        f.write(json.dumps(line) + "\n")
 
 
 def both_counts(out: hita.TokenizerOutput, cfg: hita.TokenizerConfig) -> torch.Tensor:
@@ -233,6 +288,8 @@ def main():
     device = hita.start(args.device)
     if args.bench:
         return bench(args, cfg, recipe, device)
+    if args.eval is not None:
+        return evaluate_checkpoint(args, device)
     train = hita.ImageFolder(args.data or hita.embedded_data(), "train", cfg.image_size, True, recipe.crop_range, recipe.seed)
     val = hita.validation_data(train)
     if saved:
