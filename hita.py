@@ -322,7 +322,7 @@ class DINOv2(nn.Module):
         check(file is None or os.path.isfile(file), f"there is no DINOv2 weights file {file}")
         check(timm.is_model(name), f"timm has no model {name}")
         if file is None and pretrained:
-            file, = fetch(name, otherwise="pass the original dinov2_vitl14_reg4_pretrain.pth with --dino-file (or --features, for --fd)")
+            file, = fetch(name, otherwise="pass the original dinov2_vitl14_reg4_pretrain.pth with --dino-file (with --features for --fd)")
         try:
             overlay = dict(pretrained_cfg_overlay=dict(state_dict=read_tensors(file))) if file else {}
             self.vit = timm.create_model(name, pretrained=file is not None, img_size=self.SIZE, num_classes=0, **overlay)
@@ -1610,6 +1610,7 @@ def start(device: str | None) -> torch.device:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise HitaError(f"device {device} cannot be used here ({short(e)}); try --device cpu") from e
+    torch.backends.cudnn.allow_tf32 = False  # in float32 the encoder's convolutions must be exact, or some ids are others
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     elif sys.platform == "linux":  # let glibc keep freed memory: to fetch it anew page by page takes a fifth of a decoder's time
@@ -1737,7 +1738,7 @@ def fit(image: Image.Image, size: int, rng: np.random.Generator | None = None, c
 
 def on_white(image: Image.Image) -> Image.Image:
     """Any picture as RGB, upright as its EXIF data say, transparent parts white, 16 bits brought to 8."""
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -1965,9 +1966,15 @@ def to_uint8(images: Tensor) -> Tensor:
 def at_published_size(images: Tensor, antialias: bool) -> Tensor:
     """336 px pictures at 256 px, the size of the published figures: generated ones without antialiasing; reconstructions and
     their originals with it, and rounded to uint8 before. Others stay as they are."""
-    if images.shape[-1] != 336:
+    size = published_size(images.shape[-1])
+    if size == images.shape[-1]:
         return images
-    return F.interpolate(to_uint8(images) / 127.5 - 1 if antialias else images, 256, mode="bicubic", antialias=antialias)
+    return F.interpolate(to_uint8(images) / 127.5 - 1 if antialias else images, size, mode="bicubic", antialias=antialias)
+
+
+def published_size(size: int) -> int:
+    """Side at which pictures of this side are judged."""
+    return 256 if size == 336 else size
 
 
 class PictureFile:
@@ -1975,6 +1982,7 @@ class PictureFile:
     does not grow with their number. Raises HitaError if the file cannot be written."""
 
     def __init__(self, path: Path, count: int, size: int):
+        check(path.name != "" and not path.is_dir(), f"--npz {path} is a folder, name a file in it")
         self.path, self.temporary = path, path.with_suffix(".npy.tmp")
         try:
             if rank() == 0:
@@ -2041,7 +2049,8 @@ def measure(title: str, work, device: torch.device, images: int, steps: int = 1,
         times.append(time.perf_counter() - start)
     seconds = float(np.median(times[1:]))
     name = torch.cuda.get_device_name(device) if cuda else f"{device.type}, {torch.get_num_threads()} threads"
-    memory = module.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = module.max_memory_allocated() if cuda else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if count_flops:  # last, since it takes memory of its own
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             work()

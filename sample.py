@@ -62,8 +62,8 @@ def parse_args():
     use.add_argument("--from", nargs="+", metavar="IMG", dest="styles", help="see --style")
     use.add_argument("--complete", nargs="+", metavar="IMG", help="generate the lower part of these, --num times each")
     use.add_argument("--keep", type=float, default=0.5, help="share of the height that is given to --complete [0.5]")
-    use.add_argument("--globals", choices=("visible", "sampled", "full"), default="visible", help="where --complete takes the global "
-                     "tokens from: the given part, the class, or the whole picture, which is an upper bound [visible]")
+    use.add_argument("--globals", choices=("visible", "sampled", "full"), default="visible", help="where --complete takes the "
+                     "global tokens from: the given part, the class, or the whole picture, which is an upper bound [visible]")
     use.add_argument("--dino-file", help="DINOv2 weights, the original .pth or timm's .safetensors [from the Hub]")
     many = parser.add_argument_group("evaluation")
     many.add_argument("--keep-globals", action="store_true", help="one sample of the first class, with other patch tokens and "
@@ -179,11 +179,22 @@ def read_pictures(paths: list[str], tokenizer: hita.HitaTokenizer, device: torch
     return torch.stack([hita.read_picture(path, tokenizer.cfg.image_size) for path in paths]).to(device)
 
 
+def encode(tokenizer: hita.HitaTokenizer, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """tokenizer.encode for any number of pictures."""
+    global_ids, patch_ids = zip(*map(tokenizer.encode, images.split(DECODED)))
+    return torch.cat(global_ids), torch.cat(patch_ids)
+
+
+def render(tokenizer: hita.HitaTokenizer, global_ids: torch.Tensor, patch_ids: torch.Tensor) -> torch.Tensor:
+    """tokenizer.decode for any number of pictures."""
+    return torch.cat([tokenizer.decode(*ids) for ids in zip(global_ids.split(DECODED), patch_ids.split(DECODED))])
+
+
 def reconstruct(args, device: torch.device) -> tuple[torch.Tensor, int]:
     """--reconstruct -> pictures and columns of the grid: original, reconstruction; original, reconstruction; ..."""
     tokenizer = load_encoder(args, device)
     images = read_pictures(args.reconstruct, tokenizer, device)
-    recon = torch.cat([tokenizer.decode(*tokenizer.encode(part)) for part in images.split(DECODED)])
+    recon = render(tokenizer, *encode(tokenizer, images))
     for path, value in zip(args.reconstruct, hita.psnr(images, recon)):
         print(f"{path}: PSNR {value:.2f} dB")
     return torch.stack([images, recon], dim=1).flatten(0, 1), 2
@@ -194,11 +205,10 @@ def transfer_style(args, device: torch.device) -> tuple[torch.Tensor, int]:
     tokenizer = load_encoder(args, device)
     hita.check(tokenizer.cfg.num_global > 0, "this tokenizer has no global tokens, so there is no style to take")
     contents, styles = (read_pictures(paths, tokenizer, device) for paths in (args.style, args.styles))
-    (_, patch_ids), (global_ids, _) = (map(torch.cat, zip(*map(tokenizer.encode, x.split(DECODED)))) for x in (contents, styles))
+    (_, patch_ids), (global_ids, _) = encode(tokenizer, contents), encode(tokenizer, styles)
     rows = [torch.cat([torch.ones_like(styles[:1]), styles])]                     # a white corner, and the styles
     for content, ids in zip(contents, patch_ids):
-        mixed = [tokenizer.decode(part, ids.expand(len(part), -1)) for part in global_ids.split(DECODED)]
-        rows.append(torch.cat([content[None], *mixed]))
+        rows.append(torch.cat([content[None], render(tokenizer, global_ids, ids.expand(len(styles), -1))]))
     return torch.cat(rows), len(rows[0])
 
 
@@ -211,8 +221,8 @@ def complete(args, device: torch.device) -> tuple[torch.Tensor, int]:
     describe cells below the line, are generated.
     """
     tokenizer, llama, _, chosen = load(args)
-    hita.check(args.classes is not None and len(chosen) in (1, len(args.complete)), "--complete needs the class of the pictures: "
-               "--class with one class for all, or with one for each")
+    hita.check(len(chosen) in (1, len(args.complete)), f"{len(chosen)} classes for {len(args.complete)} pictures; --class wants one "
+               "for all, or one for each")
     hita.attach_dino(tokenizer, args.dino_file)
     prepare(tokenizer, llama, device, args.compile)
     cfg, images = tokenizer.cfg, read_pictures(args.complete, tokenizer, device)
@@ -223,13 +233,14 @@ def complete(args, device: torch.device) -> tuple[torch.Tensor, int]:
     given[:, :, line:] = images[:, :, :line].mean(dim=(2, 3), keepdim=True)
     sampler = hita.Sampler(llama, args.num, args.cfg_scale, args.temperature, args.top_k, args.top_p)
     generator, rows = torch.Generator(device).manual_seed(args.seed), []
+    ids = encode(tokenizer, images if args.globals == "full" else given)
     for i, image in enumerate(images):
         class_ids = torch.full((args.num,), chosen[i % len(chosen)], device=device)
-        global_ids, patch_ids = (ids.expand(args.num, -1) for ids in tokenizer.encode((images if args.globals == "full" else given)[i:i + 1]))
-        if args.globals == "sampled":
+        global_ids, patch_ids = (part[i].expand(args.num, -1) for part in ids)
+        if args.globals == "sampled" and cfg.num_global:
             global_ids, _ = sampler(class_ids, generator)
         kept = torch.cat([global_ids, patch_ids[:, :max(0, lines * cfg.grid - cfg.k)]], dim=1)
-        completed = torch.cat([tokenizer.decode(*ids) for ids in zip(*(x.split(DECODED) for x in sampler(class_ids, generator, kept)))])
+        completed = render(tokenizer, *sampler(class_ids, generator, kept))
         row = torch.cat([image[None], given[i:i + 1], completed])
         share = hita.psnr(image[None, :, :line].expand(args.num, -1, -1, -1), completed[:, :, :line]).mean()
         print(f"{args.complete[i]}: PSNR of the given part {share:.2f} dB, global tokens: {args.globals}"
@@ -338,20 +349,29 @@ def main():
     hita.check_sampling(args.cfg_scale, args.temperature, args.top_k, args.top_p)
     if args.bench is not None:
         return bench(args, hita.start(args.device))
+    hita.check(0 < args.keep < 1, f"--keep is {args.keep}, it must lie between 0 and 1")
+    for path in sum((x for x in (args.reconstruct, args.style, args.styles, args.complete) if x), []):
+        hita.check(Path(path).is_file(), f"there is no picture {path}")
+    hita.check(not args.complete or args.classes, "--complete needs --class: one for all pictures, or one for each")
+    hita.check(not (args.complete or args.keep_globals) or args.num <= CHUNK, f"--num is {args.num}, here at most {CHUNK} are made")
+    hita.check(not args.random_labels or args.count, "--random-labels is for --count")
     hita.check(bool(args.style) == bool(args.styles), "--style and --from belong together: contents and styles")
     hita.check(args.count is None or args.npz and 1 <= args.count <= 10 ** 7, "--count is 1 to 10000000 and needs --npz FILE")
-    image = Path(args.image or Path(args.out or "out") / "samples.png")
+    uses = {"reconstruct": reconstruct, "style": transfer_style, "complete": complete, "keep_globals": keep_globals}
+    asked = [name for name in uses if getattr(args, name)]
+    hita.check(len(asked) + bool(args.npz) + bool(args.fd) <= 1, "one thing at a time: --reconstruct, --style, --complete, "
+               "--keep-globals, --npz or --fd")
+    image = Path(args.image or Path(args.out or "out") / f"{(asked + ['samples'])[0].replace('_', '-')}.png")
     hita.check(image.suffix.lower() in hita.IMAGE_TYPES, f"--image is {image}, its ending must be that of a picture, as .png")
     device = hita.start(args.device)
+    hita.check(args.npz or hita.world() == 1, "several processes are for --npz FILE; without it leave out torchrun")
     if args.fd:
         return print_distance(args, device)
-    for asked, make in ((args.reconstruct, reconstruct), (args.style, transfer_style), (args.complete, complete),
-                        (args.keep_globals, keep_globals)):
-        if asked:
-            pictures, columns = make(args, device)
-            write_pictures(pictures, [], image, columns, single=False)
-            return print(image)
-    generate(args, device, image)
+    if not asked:
+        return generate(args, device, image)
+    pictures, columns = uses[asked[0]](args, device)
+    write_pictures(pictures, [], image, columns, single=False)
+    print(image)
 
 
 def generate(args, device: torch.device, image: Path) -> None:
@@ -362,19 +382,19 @@ def generate(args, device: torch.device, image: Path) -> None:
     class_ids = torch.tensor(chosen).repeat_interleave(args.num)
     if args.count:
         classes = chosen if args.classes else range(len(names))
-        order = torch.randint(len(classes), (args.count,), generator=torch.Generator().manual_seed(args.seed)) if args.random_labels \
-            else torch.arange(args.count) % len(classes)
+        order = torch.arange(args.count) % len(classes)
+        if args.random_labels:
+            order = torch.randint(len(classes), (args.count,), generator=torch.Generator().manual_seed(args.seed))
         class_ids = torch.tensor(classes)[order]
-    side = tokenizer.cfg.image_size if args.native or tokenizer.cfg.image_size != 336 else 256
+    side = tokenizer.cfg.image_size if args.native else hita.published_size(tokenizer.cfg.image_size)
     file = hita.PictureFile(Path(args.npz), len(class_ids), side) if args.npz else None
-    hita.check(file is not None or hita.world() == 1, "several processes are for --npz FILE; without it leave out torchrun")
     start, pictures, sampler = time.time(), [], None
     generator, chunks = torch.Generator(device), class_ids.to(device).split(CHUNK)
     mine = range(hita.rank(), len(chunks), hita.world())
     for c in hita.bar(mine, "pictures", hita.rank() == 0 and len(mine) > 1, CHUNK * hita.world()):
         if sampler is None or len(chunks[c]) < CHUNK:
             sampler = hita.Sampler(llama, len(chunks[c]), args.cfg_scale, args.temperature, args.top_k, args.top_p)
-        generator.manual_seed(args.seed + (c << 32))
+        generator.manual_seed((args.seed + c * 2654435761) % 2 ** 32)  # the CPU's generator heeds 32 bits only
         made = decode(tokenizer, *sampler(chunks[c], generator, progress=hita.rank() == 0), args.native)
         file.put(c * CHUNK, made) if file else pictures.append(made)
     if file:

@@ -1200,8 +1200,9 @@ def test_speed_is_measured_without_data(command, works, tmp_path, monkeypatch, c
     ("train_tokenizer.py --image-size 8192 --channels 65536 --latent-dim 65536", "memory"),
     ("train_ar.py --tokenizer assets/samples.png", "samples.png"), ("train_ar.py --copies 0", "copies"),
     ("train_ar.py --batch-size 10 --accumulate 3", "--accumulate"), ("sample.py --bench Q", "2B"), ("sample.py --bench B 100", "100"),
-    ("sample.py --count 5", "--npz"), ("sample.py --style a.png", "--from"), ("sample.py --fd nowhere nowhere", "nowhere"),
-    ("train_tokenizer.py --eval", "train_tokenizer.py"), ("train_tokenizer.py --eval nowhere.pt", "nowhere.pt")])
+    ("sample.py --count 5", "--npz"), ("sample.py --style README.md", "--from"), ("sample.py --keep nan", "--keep"),
+    ("sample.py --reconstruct README.md --keep-globals", "one thing"), ("sample.py --fd nowhere nowhere", "nowhere"),
+    ("train_tokenizer.py --eval", "train_tokenizer.py"), ("train_tokenizer.py --npz x", "--eval"), ("train_tokenizer.py --eval nowhere.pt", "nowhere.pt")])
 def test_bad_requests_get_one_line_and_status_2(command, message, tmp_path, monkeypatch):
     name, *args = command.split()
     monkeypatch.setattr(sys, "argv", [name, *args, "--out", str(tmp_path / "out")])
@@ -1397,6 +1398,7 @@ def test_style_transfer_with_the_own_globals_is_reconstruction_and_with_others_i
     assert (matrix[5] - matrix[4]).abs().max() > 0.01 and (matrix[7] - matrix[8]).abs().max() > 0.01
     with pytest.raises(hita.HitaError, match="--from"):
         shown("--style", "a.png")
+    assert shown("--keep-globals", "--num", 2)[1] == 2
 
 
 @pytest.mark.parametrize("source", ["visible", "sampled", "full"])
@@ -1424,8 +1426,9 @@ def test_a_completion_keeps_what_is_given(shown, source, monkeypatch, tmp_path):
     for wrong in (("--keep", 0.01), ("--keep", 1)):
         with pytest.raises(hita.HitaError, match="--keep"):
             shown("--complete", "a.png", "--class", "3", *wrong)
-    with pytest.raises(hita.HitaError, match="--class"):
-        shown("--complete", "a.png")
+    for wrong, message in ((("a.png",), "--class"), (("a.png", "--class", "0", "1"), "2 classes for 1"), (("c.png", "--class", "0"), "c.png")):
+        with pytest.raises(hita.HitaError, match=message):
+            shown("--complete", *wrong)
 
 
 def test_kept_globals(shown, monkeypatch):
@@ -1445,10 +1448,14 @@ def test_many_pictures_go_to_an_npz_file_whatever_the_number_of_processes(tmp_pa
     one, two = (np.load(tmp_path / f"{n}.npz")["arr_0"] for n in (1, 2))
     assert one.shape == (130, 16, 16, 3) and one.dtype == np.uint8 and np.array_equal(one, two) and np.array_equal(hita.read_npz(tmp_path / "1.npz"), one)
     sampler = hita.Sampler(llama, 64, 2.0)
-    ids = sampler(torch.arange(64, 128) % 5, torch.Generator().manual_seed(1 << 32))       # class-balanced; a seed for each chunk
+    draw = lambda seed: sampler(torch.arange(64, 128) % 5, torch.Generator().manual_seed(seed))
+    ids = draw(2654435761)                                             # class-balanced; a seed for each chunk
+    assert not torch.equal(ids[1], draw(0)[1])
     difference = sample.decode(tokenizer, *ids, True).permute(0, 2, 3, 1).numpy().astype(int) - one[64:128]
     assert abs(difference).max() <= 1                                  # other threads and order of memory
     assert not list(tmp_path.glob("*.tmp*"))
+    with pytest.raises(hita.HitaError, match="folder"):
+        hita.PictureFile(tmp_path, 1, 16)
 
 
 def test_distance_between_files_and_folders(tmp_path, monkeypatch, capsys):

@@ -241,7 +241,6 @@ def bench(args, cfg: hita.LlamaConfig, recipe: Training, device: torch.device) -
 def main():
     args, cfg, recipe, saved = parse_args()
     device = hita.start(args.device)
-    torch.backends.cudnn.allow_tf32 = False  # for the encoder's convolutions: ids must be exact
     hita.check(recipe.batch_size % (hita.world() * recipe.accumulate) == 0, f"the batch of {recipe.batch_size} pictures cannot be "
                f"divided among {hita.world()} processes in {recipe.accumulate} parts; change --batch-size or --accumulate")
     if args.bench:

@@ -73,6 +73,7 @@ def parse_args():
     parser.add_config("model", hita.TOKENIZERS[preset])
     parser.add_config("training", RECIPES[preset])
     args = parser.parse_args()
+    hita.check(not args.npz or args.eval is not None, "--npz is for --eval")
     if getattr(args, "num_global", None) == 0 and not hasattr(args, "k"):
         args.k = 0  # without global tokens there is nothing to replace patches with
     cfg, recipe = hita.TOKENIZERS[preset], RECIPES[preset]
@@ -145,16 +146,16 @@ def discriminator_step(images: torch.Tensor, recon: torch.Tensor, judge: torch.n
 
 @torch.no_grad()
 def evaluate(ema: hita.HitaTokenizer, data: hita.ImageFolder, device: torch.device, picture: Path,
-             perceptual: hita.PerceptualLoss | None = None, npz: list[hita.PictureFile] = ()) -> dict[str, float]:
+             perceptual: hita.PerceptualLoss | None = None, npz: list[hita.PictureFile] = (), workers: int = 0) -> dict[str, float]:
     """PSNR in dB, SSIM, LPIPS if there is a net for it, and use of both codebooks over the validation split, with the EMA
     weights, of 336 px pictures at 256 px; writes originals beside reconstructions to `picture` and to two .npz files."""
-    loader = DataLoader(data, 16, sampler=[(0, i) for i in range(hita.rank(), len(data), hita.world())])
+    loader = DataLoader(data, 16, sampler=[(0, i) for i in range(hita.rank(), len(data), hita.world())], num_workers=workers)
     total = torch.zeros(4, device=device)                                         # sums of PSNR, SSIM, LPIPS; number of pictures
     hits = torch.zeros(2, ema.cfg.codebook_size, device=device)                   # uses of each global and each patch code
-    for i, (images, _) in enumerate(hita.bar(loader, "evaluating", len(npz) > 0, 16)):
+    for i, (images, _) in enumerate(hita.bar(loader, "evaluating", hita.rank() == 0, 16)):
         out = ema(images.to(device))
         hits += both_counts(out, ema.cfg)
-        pairs = [hita.at_published_size(x, antialias=True) for x in (images.to(device), out.recon.float())]
+        pairs = [hita.at_published_size(x, antialias=True).clamp(-1, 1) for x in (images.to(device), out.recon.float())]
         lpips = perceptual(*pairs) if perceptual else hits.new_zeros(())
         figures = hita.psnr(*pairs).mean(), hita.ssim(*pairs).mean(), lpips, torch.ones_like(lpips)
         total += len(images) * torch.stack(figures)
@@ -170,12 +171,13 @@ def evaluate(ema: hita.HitaTokenizer, data: hita.ImageFolder, device: torch.devi
 
 
 @torch.no_grad()
-def probes(tokenizer: hita.HitaTokenizer, train: hita.ImageFolder, val: hita.ImageFolder, device: torch.device) -> dict[str, float]:
+def probes(tokenizer: hita.HitaTokenizer, train: hita.ImageFolder, val: hita.ImageFolder, device: torch.device,
+           workers: int) -> dict[str, float]:
     """Top-1 accuracy on the validation split of linear classifiers of the quantized global and of the quantized patch tokens,
     fitted to up to 20,000 pictures of the training split, beside that of the most frequent class."""
     features, labels = {}, {}
-    for split, data, every in (("train", train, max(1, len(train) // 20_000)), ("val", val, 1)):
-        loader = DataLoader(data, 16, sampler=[(0, i) for i in range(0, len(data), every)])
+    for split, data, every in (("train", train, -(-len(train) // 20_000)), ("val", val, 1)):
+        loader = DataLoader(data, 16, sampler=[(0, i) for i in range(0, len(data), every)], num_workers=workers)
         parts = [(tokenizer.encode(images.to(device)), classes) for images, classes in hita.bar(loader, f"encoding {split}", scale=16)]
         global_ids, patch_ids = (torch.cat(ids) for ids in zip(*(ids for ids, _ in parts)))
         features[split] = {"patch": tokenizer.patch_quantizer.lookup(patch_ids).flatten(1)}     # (n, N * C)
@@ -187,7 +189,7 @@ def probes(tokenizer: hita.HitaTokenizer, train: hita.ImageFolder, val: hita.Ima
     return found | {"probe_chance": (labels["val"] == labels["train"].mode().values).float().mean().item()}
 
 
-def evaluate_checkpoint(args, device: torch.device) -> None:
+def evaluate_checkpoint(args, workers: int, device: torch.device) -> None:
     """--eval: print all figures of a tokenizer and add them to eval.jsonl in the run directory."""
     hita.check(hita.world() == 1, "--eval works in one process; leave out torchrun")
     path, out = args.eval or str(Path(args.out) / "tokenizer.pt"), hita.run_directory(args.out)
@@ -200,13 +202,17 @@ def evaluate_checkpoint(args, device: torch.device) -> None:
         perceptual = hita.PerceptualLoss().to(device)
     except hita.HitaError as e:
         print(f"without {e}")
-    size = 256 if tokenizer.cfg.image_size == 336 else tokenizer.cfg.image_size
-    npz = [hita.PictureFile(Path(f"{args.npz}-{kind}.npz"), len(val), size) for kind in ("originals", "reconstructions") if args.npz]
-    figures = evaluate(tokenizer, val, device, out / "eval.png", perceptual, npz)
+    size, kinds = hita.published_size(tokenizer.cfg.image_size), ("originals", "reconstructions") if args.npz else ()
+    npz = [hita.PictureFile(Path(f"{args.npz}-{kind}.npz"), len(val), size) for kind in kinds]
+    figures = evaluate(tokenizer, val, device, out / "eval.png", perceptual, npz, workers)
     for file in npz:
         file.close()
     line = {"tokenizer": path, "step": saved.get("step"), "num_global": tokenizer.cfg.num_global, "k": tokenizer.cfg.k,
-            "dino": tokenizer.cfg.dino, "pictures": len(val), **figures, **probes(tokenizer, train, val, device)}
+            "dino": tokenizer.cfg.dino, "pictures": len(val), **figures}
+    if val.folder == train.folder:
+        print("without probes: there are no validation pictures, and these are some of the training pictures")
+    else:
+        line |= probes(tokenizer, train, val, device, workers)
     print(" ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in line.items()))
     with open(out / "eval.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
@@ -289,7 +295,7 @@ def main():
     if args.bench:
         return bench(args, cfg, recipe, device)
     if args.eval is not None:
-        return evaluate_checkpoint(args, device)
+        return evaluate_checkpoint(args, recipe.workers, device)
     train = hita.ImageFolder(args.data or hita.embedded_data(), "train", cfg.image_size, True, recipe.crop_range, recipe.seed)
     val = hita.validation_data(train)
     if saved:
