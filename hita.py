@@ -775,7 +775,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     a, b = a.double().cpu(), b.double().cpu()
     roots = [torch.linalg.qr((x - x.mean(dim=0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (a, b)]
     cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
-    return ((a.mean(dim=0) - b.mean(dim=0)).square().sum() + sum(r.square().sum() for r in roots) - 2 * cross).item()
+    distance = (a.mean(dim=0) - b.mean(dim=0)).square().sum() + sum(r.square().sum() for r in roots) - 2 * cross
+    return max(0.0, distance.item())  # rounding can bring it below
 
 
 @torch.enable_grad()
