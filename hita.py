@@ -15,7 +15,7 @@ describe the picture as a whole, puts them first, and lets k of them take the pl
 
     class -> Llama -> M global ids -> N patch ids -> Fusion, Decoder -> a new picture
 
-The file reads top to bottom in that order, then losses, the Llama, checkpoints, runs, and what the scripts share.
+The file reads top to bottom in that order, then losses, measures, the Llama, checkpoints, runs, and what the scripts share.
 
 Letters in shape comments: B batch, H W pixels, h w patch grid, N = h*w patch tokens, M global tokens, D latent width,
 C code width (12 global, 8 patch), V codebook size, T sequence length, k global tokens that replace patches.
@@ -244,6 +244,7 @@ class Level(nn.Module):
         return checkpoint(self.inside, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else self.inside(x)
 
     def inside(self, x: Tensor) -> Tensor:
+        """What forward does, once or, to save memory, twice."""
         for res, attn in zip(self.res, self.attn):
             x = attn(res(x))
         return self.resample(x)
@@ -744,6 +745,10 @@ class PerceptualLoss(nn.Module):
         """Stays in eval mode: LPIPS has dropout, which belongs to its own training."""
         return super().train(False)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures of reconstructions (PSNR, SSIM), of sets of samples (Fréchet distance) and of tokens (linear probe)
+# ---------------------------------------------------------------------------------------------------------------------
 
 def psnr(images: Tensor, recon: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each picture, (B, 3, H, W) in [-1, 1] -> (B,)."""

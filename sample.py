@@ -54,6 +54,8 @@ def parse_args():
     parser.add_argument("--llama", help="Llama checkpoint or name [llama.pt in the run directory]")
     parser.add_argument("--image", help="grid to write [samples.png in the run directory]")
     parser.add_argument("--single", action="store_true", help="also write each picture, into a folder beside the grid")
+    parser.add_argument("--keep-globals", action="store_true", help="one sample of the first class, with other patch tokens and "
+                        "with other global tokens")
     parser.add_argument("--device", help="cuda, mps or cpu [the best there is]")
     parser.add_argument("--compile", action="store_true", help="torch.compile first, which takes a minute; for many pictures")
     use = parser.add_argument_group("pictures you have (any size and kind; they are brought to the model's square)")
@@ -66,8 +68,6 @@ def parse_args():
                      "global tokens from: the given part, the class, or the whole picture, which is an upper bound [visible]")
     use.add_argument("--dino-file", help="DINOv2 weights, the original .pth or timm's .safetensors [from the Hub]")
     many = parser.add_argument_group("evaluation")
-    many.add_argument("--keep-globals", action="store_true", help="one sample of the first class, with other patch tokens and "
-                      "with other global tokens")
     many.add_argument("--count", type=int, help="so many pictures over all classes, the same number of each; with --npz")
     many.add_argument("--random-labels", action="store_true", help="with --count: classes at random, as in the released protocol")
     many.add_argument("--npz", metavar="FILE", help="write the pictures as uint8 (n, H, W, 3) under arr_0, instead of a grid")
@@ -242,8 +242,8 @@ def complete(args, device: torch.device) -> tuple[torch.Tensor, int]:
         kept = torch.cat([global_ids, patch_ids[:, :max(0, lines * cfg.grid - cfg.k)]], dim=1)
         completed = render(tokenizer, *sampler(class_ids, generator, kept))
         row = torch.cat([image[None], given[i:i + 1], completed])
-        share = hita.psnr(image[None, :, :line].expand(args.num, -1, -1, -1), completed[:, :, :line]).mean()
-        print(f"{args.complete[i]}: PSNR of the given part {share:.2f} dB, global tokens: {args.globals}"
+        quality = hita.psnr(image[None, :, :line].expand(args.num, -1, -1, -1), completed[:, :, :line]).mean()
+        print(f"{args.complete[i]}: PSNR of the given part {quality:.2f} dB, global tokens: {args.globals}"
               + (", an upper bound since they know the whole picture" if args.globals == "full" else ""))
         row[1:, :, line:line + max(1, cfg.image_size // 128)] = row.new_tensor([1, -1, -1])[:, None, None]
         rows.append(row)

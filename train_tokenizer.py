@@ -153,9 +153,10 @@ def evaluate(ema: hita.HitaTokenizer, data: hita.ImageFolder, device: torch.devi
     total = torch.zeros(4, device=device)                                         # sums of PSNR, SSIM, LPIPS; number of pictures
     hits = torch.zeros(2, ema.cfg.codebook_size, device=device)                   # uses of each global and each patch code
     for i, (images, _) in enumerate(hita.bar(loader, "evaluating", hita.rank() == 0, 16)):
-        out = ema(images.to(device))
+        images = images.to(device)
+        out = ema(images)
         hits += both_counts(out, ema.cfg)
-        pairs = [hita.at_published_size(x, antialias=True).clamp(-1, 1) for x in (images.to(device), out.recon.float())]
+        pairs = [hita.at_published_size(x, antialias=True).clamp(-1, 1) for x in (images, out.recon.float())]
         lpips = perceptual(*pairs) if perceptual else hits.new_zeros(())
         figures = hita.psnr(*pairs).mean(), hita.ssim(*pairs).mean(), lpips, torch.ones_like(lpips)
         total += len(images) * torch.stack(figures)
