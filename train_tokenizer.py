@@ -1,324 +1,362 @@
 """Train the Hita tokenizer: images <-> global and patch token ids.
 
-    python train_tokenizer.py                                    the demo: embedded emoji pictures, minutes on a laptop CPU
-    torchrun --nproc_per_node 8 train_tokenizer.py --preset hita-v --data imagenet      the released model
-    python train_tokenizer.py --steps 3000 --out out-long        the demo, longer
-    python train_tokenizer.py --k 0 --out out-k0                 an ablation: globals may be ignored
-    python train_tokenizer.py --resume                           go on with the run in out/
-    python train_tokenizer.py --preset hita-u --init-from hita-u --data DIR      fine-tune the released Hita-U
-    python train_tokenizer.py --preset hita-v --batch-size 32 --bench            speed and memory, with random weights
-    python train_tokenizer.py --eval                             figures of the trained tokenizer, also added to out/eval.jsonl
-    python train_tokenizer.py --eval hita-u --data imagenet --npz out/u          of a released one, and pictures for rFID
+    python train_tokenizer.py                                  the demo, minutes on a laptop
+    torchrun --nproc_per_node 8 train_tokenizer.py --preset hita-v --data imagenet
+    python train_tokenizer.py --k 0 --out out-k0               an ablation: no k-replacement
+    python train_tokenizer.py --resume                         go on with the run in out/
+    python train_tokenizer.py --preset hita-u --init-from hita-u --data DIR         fine-tune
+    python train_tokenizer.py --eval                           figures, also in out/eval.jsonl
+    python train_tokenizer.py --eval hita-u --data imagenet --npz out/u      pictures for rFID
 
---data DIR holds train/<class>/<pictures> and, if there is a validation split, val/<class>/<pictures>.
-The run directory gets tokenizer.pt (the newest state of the run), tokenizer.jsonl (one line of figures per log interval) and
-tokenizer-<step>.png (originals beside reconstructions). SIGTERM or Ctrl-C: the step is finished, the run saved.
+--data DIR holds train/<class>/<pictures> and, if there is a validation split, val/<class>/...
+The run directory gets tokenizer.pt (the newest state), tokenizer.jsonl (a line of figures per log
+interval) and tokenizer-<step>.png (originals beside reconstructions). Ctrl-C or SIGTERM: the step
+is finished, the run saved. The stride is no flag, it follows from --channel-mult: each level after
+the first halves the resolution.
 """
 
 import copy
-import dataclasses
 import json
+import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import hita
-from hita import option
 
 
 @dataclass
-class Training(hita.Settings):
-    """The recipe. The defaults are the released one (50 epochs of ImageNet); one epoch is 5,004 steps there."""
-    steps: int = option(250_200, "optimizer steps", high=10 ** 9)
-    batch_size: int = option(256, "pictures per step, over all processes")
-    lr: float = option(1e-4, "learning rate of generator and discriminator", 1e-12)
-    lr_final: float = option(1e-4, "learning rate at the end of the generator's cosine schedule", 1e-12)
-    warmup: int = option(20_016, "steps of linear warm-up of the generator", 0, 10 ** 9)
-    clip: float = option(1.0, "gradient norm is clipped to this, separately for generator and discriminator", 1e-12)
-    ema: float = option(0.9999, "decay of the averaged weights", 0, 0.999999)
-    lpips_weight: float = option(1.0, "weight of the perceptual loss", 0)
-    gan_weight: float = option(0.5, "weight of the adversarial loss", 0)
-    gan_start: int = option(20_000, "step at which the discriminator and its loss come in", high=10 ** 9)
-    gan_width: int = option(64, "channels of the discriminator's first layer", high=4096)
-    crop_range: float = option(0.8, "augmentation: random crops show between this share of a picture's side and all of it", 0.01, 1)
-    seed: int = option(0, "seed of weights, data order and augmentation", 0, 2 ** 32 - 1)
-    log_every: int = option(100, "steps between log lines", high=10 ** 9)
-    eval_every: int = option(5000, "steps between evaluations, pictures and checkpoints", high=10 ** 9)
-    keep_every: int = option(50_000, "checkpoints of multiples of this step are kept, 0 keeps only the newest", 0, 10 ** 9)
-    recompute: bool = option(False, "save memory: compute the conv nets' activations again in the backward pass")
-    workers: int = option(8, "data loader processes; 0 loads in this one", 0, 1024)
+class Training:
+    """The recipe. The defaults are the released one, 50 epochs of 5,004 steps on ImageNet."""
+    steps: int = 250_200  # optimizer steps
+    batch_size: int = 256  # pictures per step, over all processes
+    lr: float = 1e-4  # learning rate of generator and discriminator
+    lr_final: float = 1e-4  # where the generator's cosine schedule ends
+    warmup: int = 20_016  # steps of linear warm-up of the generator
+    clip: float = 1.0  # gradient norm of each of the two is clipped to this
+    ema: float = 0.9999  # decay of the averaged weights
+    lpips_weight: float = 1.0  # weight of the perceptual loss
+    gan_weight: float = 0.5  # weight of the adversarial loss
+    gan_start: int = 20_000  # step at which the discriminator comes in
+    gan_width: int = 64  # channels of the discriminator's first layer
+    crop_range: float = 0.8  # random crops show between this share of a picture and all of it
+    seed: int = 0  # seed of weights, data order, augmentation and dropout
+    log_every: int = 100  # steps between log lines
+    eval_every: int = 5000  # steps between evaluations, pictures and checkpoints
+    keep_every: int = 50_000  # checkpoints of multiples of this stay; 0 keeps only the newest
+    recompute: bool = False  # save memory: compute the conv nets' activations twice
+    workers: int = 8  # data loader processes; 0 loads in this one
 
 
 RECIPES = {
     "hita-v": Training(),
     "hita-u": Training(),
-    "emoji": Training(steps=1300, batch_size=16, lr=1e-3, lr_final=1e-4, warmup=50, ema=0.99, lpips_weight=0.0, gan_weight=0.03,
-                      gan_start=1000, gan_width=32, crop_range=1.0, log_every=50, eval_every=650, keep_every=0, workers=0),
+    "emoji": Training(
+        steps=1300, batch_size=16, lr=1e-3, warmup=50, ema=0.99, lpips_weight=0.0, gan_weight=0.03,
+        gan_start=1000, gan_width=32, crop_range=1.0, log_every=50, eval_every=650, keep_every=0,
+        workers=0),
 }
 
 
-def parse_args():
-    """Command line -> (arguments, tokenizer configuration, recipe, checkpoint to resume or None). Flags that are not given
-    have the values of the checkpoint, without one those of the preset."""
+def main():
+    # ---- settings: of the checkpoint or else the preset, then the flags
     parser = hita.Parser(__doc__)
-    preset = parser.add_choice("--preset", list(RECIPES), "emoji", "model and recipe to start from")
-    parser.add_run("fine-tune: start from the weights of this file or released tokenizer (hita-v, hita-u), with the preset and "
-                   "flags it was trained with [random weights]")
-    parser.add_argument("--eval", nargs="?", const="", metavar="CHECKPOINT", help="evaluate this tokenizer, a file or hita-v or "
-                        "hita-u, on the validation pictures and stop [tokenizer.pt in the run directory]")
-    parser.add_argument("--npz", metavar="PREFIX", help="with --eval: write <PREFIX>-originals.npz and <PREFIX>-reconstructions.npz")
-    parser.add_config("model", hita.TOKENIZERS[preset])
-    parser.add_config("training", RECIPES[preset])
+    preset = parser.add_preset(list(RECIPES))
+    parser.add_run()
+    parser.add_argument("--eval", nargs="?", const="", metavar="FILE", help="evaluate a tokenizer "
+                        "on the validation pictures and stop [tokenizer.pt in the run directory]")
+    parser.add_argument("--npz", metavar="PREFIX", help="with --eval: write "
+                        "PREFIX-originals.npz and PREFIX-reconstructions.npz")
+    parser.add_settings(hita.TOKENIZERS[preset])
+    parser.add_settings(RECIPES[preset])
     args = parser.parse_args()
-    hita.check(not args.npz or args.eval is not None, "--npz is for --eval")
+    if args.eval is not None:
+        return evaluate_checkpoint(args)
+    saved = hita.find_run(args, "tokenizer", Training)
+    cfg, recipe = hita.TOKENIZERS[preset], RECIPES[preset]
+    if saved and not args.preset:
+        cfg, recipe = saved["config"], saved["recipe"]
     if getattr(args, "num_global", None) == 0 and not hasattr(args, "k"):
         args.k = 0  # without global tokens there is nothing to replace patches with
-    cfg, recipe = hita.TOKENIZERS[preset], RECIPES[preset]
-    saved = None if args.bench or args.eval is not None else hita.find_run(args, "tokenizer", Training)
-    if saved and not hasattr(args, "preset"):
-        cfg, recipe = saved["config"], saved["recipe"]
-    return args, hita.override(cfg, args), hita.override(recipe, args), saved
+    cfg, recipe = hita.override(cfg, args), hita.override(recipe, args)
+    hita.check(cfg.image_size >= 24 or recipe.gan_weight == 0, "the discriminator needs pictures "
+               f"of at least 24 pixels, image_size is {cfg.image_size}; train with --gan-weight 0")
 
-
-def build(cfg: hita.TokenizerConfig, recipe: Training, device: torch.device, dino_file: str | None, init_from: str | None,
-          pretrained: bool = True):
-    """-> tokenizer, its EMA copy, discriminator, perceptual loss or None; the same weights in every process.
-    pretrained=False gives DINOv2 and the perceptual loss random weights."""
-    hita.check(cfg.image_size >= 24 or recipe.gan_weight == 0, f"the discriminator needs pictures of at least 24 pixels, "
-               f"image_size is {cfg.image_size}; train with --gan-weight 0")
+    # ---- data and models, the same in every process
+    device = hita.set_up_device(args.device)
+    torch.backends.cudnn.benchmark = True
+    made_from = hita.made_from(args, saved["made_from"] if saved else {})
+    train = hita.Pictures(made_from["data"] or hita.embedded_data(), "train", cfg.image_size,
+                          True, recipe.crop_range, recipe.seed)
+    val = hita.validation_pictures(train)
+    made_from["pictures"] = len(train)
+    if saved:
+        hita.check_resume(saved, cfg, recipe, len(train))
     torch.manual_seed(recipe.seed)
     tokenizer, discriminator = hita.HitaTokenizer(cfg), hita.PatchDiscriminator(recipe.gan_width)
-    if init_from:
-        data = hita.read_checkpoint(init_from, "tokenizer")
-        hita.start_from(tokenizer, data, init_from)
-        start_discriminator(discriminator, data.get("discriminator"), init_from)
-    tokenizer, discriminator = (m.to(device, memory_format=torch.channels_last) for m in (tokenizer, discriminator))
+    if args.init_from and not saved:
+        start_from(tokenizer, discriminator, args.init_from)
+    tokenizer.to(device, memory_format=torch.channels_last)
+    discriminator.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
-    if pretrained or not cfg.uses_dino:
-        hita.attach_dino(tokenizer, dino_file)
-    else:
-        tokenizer.dino = hita.DINOv2(cfg.dino, pretrained=False)
-    ema.dino = tokenizer.dino
-    perceptual = hita.PerceptualLoss(pretrained).to(device) if recipe.lpips_weight > 0 else None
-    torch.manual_seed(recipe.seed + hita.rank())  # dropout differs between the processes
-    return tokenizer, ema, discriminator, perceptual
+    if cfg.uses_dino:
+        tokenizer.attach_dino(hita.load_dino(cfg.dino, made_from["dino_file"]))
+        ema.attach_dino(tokenizer.dino)
+    perceptual = hita.PerceptualLoss().to(device) if recipe.lpips_weight else None
 
+    # ---- optimizers; what is saved is what has a state
+    adam = partial(torch.optim.Adam, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+    optimizer, optimizer_d = adam(tokenizer.parameters()), adam(discriminator.parameters())
+    parts = {"model": tokenizer, "ema": ema, "discriminator": discriminator,
+             "optimizer": optimizer, "optimizer_d": optimizer_d}
+    start = hita.restore(saved, parts)
+    if recipe.recompute:
+        for level in (*tokenizer.encoder.levels, *tokenizer.decoder.levels):
+            level.forward = partial(checkpoint, level.forward, use_reentrant=False)
+    if hita.use_compile(args.compile, recipe.steps, device):
+        compile_parts(tokenizer, discriminator, perceptual)
+    model, judge = hita.distribute(tokenizer), hita.distribute(discriminator)
+    tokenizer.train()
 
-def start_discriminator(discriminator: hita.PatchDiscriminator, weights: dict | None, path: str) -> None:
-    """Fine-tuning: take over the discriminator of a checkpoint where it is a PatchGAN. Raises HitaError for one of another
-    width. (The released Hita-U was trained with a discriminator on DINO features, which is not part of this repository.)"""
-    known = isinstance(weights, dict) and "main.0.weight" in weights
-    if known:
-        hita.load_weights(discriminator, {"ema": weights, "names": []}, f"the discriminator of {path}")
+    # ---- the loop; random numbers and data follow from (seed, step)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    log, stop = hita.Log(out / "tokenizer.jsonl", recipe.steps, start), hita.Stop()
+    todo = range(start + 1, recipe.steps + 1)
+    order = (hita.batch(step, len(train), recipe.batch_size, recipe.seed) for step in todo)
+    loader = DataLoader(train, batch_sampler=order, num_workers=recipe.workers,
+                        worker_init_fn=hita.ignore_signals, pin_memory=device.type == "cuda")
     if hita.rank() == 0:
-        print("its PatchGAN discriminator too" if known else "it has no PatchGAN discriminator: a new one starts", flush=True)
+        print(f"tokenizer of {sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f}M parameters"
+              f", {len(train)} pictures, {device} x {hita.world()}\n{cfg}\n{recipe}", flush=True)
+    for step, (images, _) in zip(todo, loader):
+        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+        hita.seed_step(recipe.seed, step)
+        for group in optimizer.param_groups:
+            group["lr"] = hita.learning_rate(step, recipe)
+        adversarial = recipe.gan_weight > 0 and step >= recipe.gan_start
+
+        # generator; the discriminator judges, but takes no gradient
+        discriminator.requires_grad_(False)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            result = model(images)
+            losses = generator_losses(images, result, recipe, perceptual,
+                                      discriminator if adversarial else None)
+        loss = sum(losses.values())
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = hita.optimizer_step(optimizer, tokenizer, recipe.clip)
+        hita.update_ema(ema, tokenizer, recipe.ema)
+        log.add({"loss": loss, **losses, "grad": grad_norm,
+                 **code_counts(result.global_ids, result.patch_ids, cfg.codebook_size)})
+
+        # discriminator, on the same reconstructions
+        if adversarial:
+            discriminator.requires_grad_(True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                # two passes: each has batch statistics of its own
+                real, fake = judge(images), judge(result.recon.detach())
+                loss = hita.discriminator_loss(real, fake)
+            optimizer_d.zero_grad()
+            (recipe.gan_weight * loss).backward()
+            hita.optimizer_step(optimizer_d, discriminator, recipe.clip)
+            log.add({"disc": loss, "D(real)": real.mean(), "D(fake)": fake.mean()})
+
+        # what is due after this step
+        stopping = stop.asked()
+        due = step % recipe.eval_every == 0 or step == recipe.steps
+        if step % recipe.log_every == 0 or due or stopping:
+            log.write(step, recipe.batch_size)
+        if due or stopping or (recipe.keep_every and step % recipe.keep_every == 0):
+            hita.save_run(out, "tokenizer", step, cfg, recipe, parts, made_from=made_from)
+        if stopping:
+            print(f"stopped after step {step}: continue with --resume", flush=True)
+            break
+        if due:
+            log.line(step, evaluate(ema, val, out / f"tokenizer-{step:06d}.png", recipe.workers))
 
 
-def generator_losses(images: torch.Tensor, result: hita.TokenizerOutput, recipe: Training,
-                     perceptual: hita.PerceptualLoss | None,
-                     discriminator: hita.PatchDiscriminator | None) -> dict[str, torch.Tensor]:
-    """The terms that the generator minimises, weighted; those that are switched off are left out."""
-    losses = {"rec": hita.reconstruction_loss(images, result.recon), "codebook": result.codebook_loss}
+def generator_losses(images: Tensor, result: hita.TokenizerOutput, recipe: Training,
+                     perceptual: nn.Module | None, judge: nn.Module | None) -> dict[str, Tensor]:
+    """The terms that the generator minimises, weighted; those that are off are left out."""
+    rec = hita.reconstruction_loss(images, result.recon)
+    losses = {"rec": rec, "codebook": result.codebook_loss}
     if result.feature_loss is not None:
         losses["feature"] = result.feature_loss
     if perceptual is not None:
         losses["lpips"] = recipe.lpips_weight * perceptual(images, result.recon)
-    if discriminator is not None:
-        losses["adv"] = recipe.gan_weight * hita.adversarial_loss(discriminator(result.recon))
+    if judge is not None:
+        losses["adv"] = recipe.gan_weight * hita.adversarial_loss(judge(result.recon))
     return losses
 
 
-def discriminator_step(images: torch.Tensor, recon: torch.Tensor, judge: torch.nn.Module, optimizer: torch.optim.Optimizer,
-                       recipe: Training) -> dict[str, torch.Tensor]:
-    """One optimizer step of the discriminator -> its loss and mean logits."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
-        real, fake = judge(images), judge(recon)          # two passes: each has batch statistics of its own
-        loss = hita.discriminator_loss(real, fake)
-    optimizer.zero_grad()
-    (recipe.gan_weight * loss).backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(judge.parameters(), recipe.clip)
-    hita.careful_step(optimizer, loss, grad_norm)
-    return {"disc": loss, "D(real)": real.mean(), "D(fake)": fake.mean(), "D(grad)": grad_norm}
+def code_counts(global_ids: Tensor, patch_ids: Tensor, size: int) -> dict[str, Tensor]:
+    """Uses of each code (V,); without global tokens those of the patches only."""
+    ids = {"global": global_ids, "patch": patch_ids}
+    return {name: hita.count_ids(x, size) for name, x in ids.items() if x.shape[1]}
+
+
+def compile_parts(tokenizer: hita.HitaTokenizer, *others: nn.Module | None) -> None:
+    """Compile all but the quantizers, which stay in float32 and count codes."""
+    parts = [tokenizer.encoder, tokenizer.decoder, tokenizer.dino, *others]
+    if tokenizer.cfg.num_global:
+        parts += [tokenizer.extractor, tokenizer.fusion]
+    for part in filter(None, parts):
+        part.compile()
+
+
+def start_from(tokenizer: hita.HitaTokenizer, discriminator: nn.Module, path: str) -> None:
+    """Fine-tuning: weights of a checkpoint or released model, and its discriminator if it has one.
+
+    The released Hita-U was trained with a discriminator on DINO features, which is not here.
+    """
+    data = hita.read_checkpoint(path, "tokenizer")
+    hita.load_weights(tokenizer, data["ema"], path)
+    if "main.0.weight" in data.get("discriminator", {}):
+        hita.load_weights(discriminator, data["discriminator"], path)
+    elif hita.rank() == 0:
+        print(f"{path} has no PatchGAN discriminator: a new one starts", flush=True)
 
 
 @torch.no_grad()
-def evaluate(ema: hita.HitaTokenizer, data: hita.ImageFolder, device: torch.device, picture: Path,
-             perceptual: hita.PerceptualLoss | None = None, npz: list[hita.PictureFile] = (), workers: int = 0) -> dict[str, float]:
-    """PSNR in dB, SSIM, LPIPS if there is a net for it, and use of both codebooks over the validation split, with the EMA
-    weights, of 336 px pictures at 256 px; writes originals beside reconstructions to `picture` and to two .npz files."""
-    loader = DataLoader(data, 16, sampler=[(0, i) for i in range(hita.rank(), len(data), hita.world())], num_workers=workers)
-    total = torch.zeros(4, device=device)                                         # sums of PSNR, SSIM, LPIPS; number of pictures
-    hits = torch.zeros(2, ema.cfg.codebook_size, device=device)                   # uses of each global and each patch code
-    for i, (images, _) in enumerate(hita.bar(loader, "evaluating", hita.rank() == 0, 16)):
-        images = images.to(device)
-        out = ema(images)
-        hits += both_counts(out, ema.cfg)
-        pairs = [hita.at_published_size(x, antialias=True).clamp(-1, 1) for x in (images, out.recon.float())]
-        lpips = perceptual(*pairs) if perceptual else hits.new_zeros(())
-        figures = hita.psnr(*pairs).mean(), hita.ssim(*pairs).mean(), lpips, torch.ones_like(lpips)
-        total += len(images) * torch.stack(figures)
-        for file, pictures in zip(npz, pairs):
-            file.put(16 * i, hita.to_uint8(pictures))
-    total, hits = hita.all_sum(total), hita.all_sum(hits)
+def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, workers: int,
+             perceptual: nn.Module | None = None, npz: str | None = None) -> dict[str, float]:
+    """PSNR in dB, LPIPS if there is a net for it, and use of both codebooks over a split.
+
+    Pictures of 336 px are judged at 256, as in the released protocol. Writes originals beside
+    reconstructions to `picture` and, with npz, all of them to two files.
+    """
+    V, device = tokenizer.cfg.codebook_size, next(tokenizer.parameters()).device
+    mine = list(range(hita.rank(), len(data), hita.world()))
+    loader = DataLoader(data, 16, sampler=[(0, i) for i in mine], num_workers=workers)
+    size = {336: 256}.get(data.size, data.size)
+    files = [Path(f"{npz}-{kind}.npz") for kind in ("originals", "reconstructions") if npz]
+    arrays = [hita.picture_array(file, len(data), size) for file in files]
+    totals = {name: torch.zeros((), device=device) for name in ("psnr", "lpips", "pictures")}
+    counts = code_counts(*[torch.zeros(0, n, dtype=torch.int64, device=device)
+                           for n in (tokenizer.cfg.num_global, 1)], V)
+    for n, (images, _) in enumerate(tqdm(loader, "evaluating", disable=hita.rank() > 0, leave=False)):
+        images = images.to(device, memory_format=torch.channels_last)
+        ids = tokenizer.encode(images)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            recon = tokenizer.decode(*ids).float()
+        pair = [judged(images, size), judged(recon, size)]
+        totals["pictures"] += len(images)
+        totals["psnr"] += hita.psnr(*pair).sum()
+        if perceptual:
+            totals["lpips"] += perceptual(*pair) * len(images)
+        for name, hits in code_counts(*ids, V).items():
+            counts[name] += hits
+        for array, pictures in zip(arrays, pair):
+            pixels = hita.to_uint8(pictures).permute(0, 2, 3, 1)
+            array[mine[16 * n:16 * n + 16]] = pixels.cpu().numpy()
+    for file, array in zip(files, arrays):
+        hita.pack_pictures(file, array)
+
+    # over all processes
+    totals = {name: hita.all_sum(total).item() for name, total in totals.items()}
+    figures = {"psnr": totals["psnr"] / totals["pictures"]}
+    if perceptual:
+        figures["lpips"] = totals["lpips"] / totals["pictures"]
+    for name, hits in counts.items():
+        figures |= hita.usage(name, hita.all_sum(hits))
     if hita.rank() == 0:
-        shown = torch.stack([data[0, i * len(data) // 24][0] for i in range(24)]).to(device)
-        pairs = torch.stack([shown, ema(shown).recon], dim=1).flatten(0, 1)       # original, reconstruction, original, ...
-        hita.save_grid(pairs, picture, columns=12)
-    psnr, ssim, lpips, _ = (total / total[3]).tolist()
-    return {"psnr": psnr, "ssim": ssim} | ({"lpips": lpips} if perceptual else {}) | usage(hits)
+        some = torch.stack([data[0, i * len(data) // 24][0] for i in range(24)]).to(device)
+        pairs = torch.stack([some, tokenizer.decode(*tokenizer.encode(some))], dim=1)
+        hita.picture_grid(pairs.flatten(0, 1), columns=12).save(picture)
+    return figures
 
 
-@torch.no_grad()
-def probes(tokenizer: hita.HitaTokenizer, train: hita.ImageFolder, val: hita.ImageFolder, device: torch.device,
-           workers: int) -> dict[str, float]:
-    """Top-1 accuracy on the validation split of linear classifiers of the quantized global and of the quantized patch tokens,
-    fitted to up to 20,000 pictures of the training split, beside that of the most frequent class."""
-    features, labels = {}, {}
-    for split, data, every in (("train", train, -(-len(train) // 20_000)), ("val", val, 1)):
-        loader = DataLoader(data, 16, sampler=[(0, i) for i in range(0, len(data), every)], num_workers=workers)
-        parts = [(tokenizer.encode(images.to(device)), classes) for images, classes in hita.bar(loader, f"encoding {split}", scale=16)]
-        global_ids, patch_ids = (torch.cat(ids) for ids in zip(*(ids for ids, _ in parts)))
-        features[split] = {"patch": tokenizer.patch_quantizer.lookup(patch_ids).flatten(1)}     # (n, N * C)
-        if tokenizer.cfg.num_global:
-            features[split]["global"] = tokenizer.global_quantizer.lookup(global_ids).flatten(1)
-        labels[split] = torch.cat([classes for _, classes in parts]).to(device)
-    found = {f"probe_{kind}": hita.linear_probe(features["train"][kind], labels["train"], features["val"][kind], labels["val"],
-                                                len(train.classes)) for kind in sorted(features["train"])}
-    return found | {"probe_chance": (labels["val"] == labels["train"].mode().values).float().mean().item()}
+def judged(images: Tensor, size: int) -> Tensor:
+    """Pictures as they are compared: 8 bits, and at another size shrunk like PIL does."""
+    if images.shape[-1] == size:
+        return images.clamp(-1, 1)
+    images = hita.to_uint8(images) / 127.5 - 1
+    return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
-def evaluate_checkpoint(args, workers: int, device: torch.device) -> None:
+def evaluate_checkpoint(args) -> None:
     """--eval: print all figures of a tokenizer and add them to eval.jsonl in the run directory."""
-    hita.check(hita.world() == 1, "--eval works in one process; leave out torchrun")
-    path, out = args.eval or str(Path(args.out) / "tokenizer.pt"), hita.run_directory(args.out)
-    saved = hita.read_checkpoint(path, "tokenizer")
-    tokenizer = hita.load_model(saved, path).to(device, memory_format=torch.channels_last)
-    hita.attach_dino(tokenizer, args.dino_file or saved.get("files", {}).get("dino_file"))
-    train = hita.ImageFolder(args.data or saved.get("files", {}).get("data") or hita.embedded_data(), "train", tokenizer.cfg.image_size)
-    val, perceptual = hita.validation_data(train), None
+    hita.check(int(os.environ.get("WORLD_SIZE", 1)) == 1, "--eval works without torchrun")
+    path, out = args.eval or f"{args.out}/tokenizer.pt", Path(args.out)
+    device, workers = hita.set_up_device(args.device), getattr(args, "workers", 0)
+    tokenizer = hita.load_tokenizer(path).to(device, memory_format=torch.channels_last)
+    made_from, cfg = hita.made_from(args, tokenizer.made_from), tokenizer.cfg
+    if cfg.uses_dino:
+        tokenizer.attach_dino(hita.load_dino(cfg.dino, made_from["dino_file"]))
+    train = hita.Pictures(made_from["data"] or hita.embedded_data(), "train", cfg.image_size)
+    val, perceptual = hita.validation_pictures(train), None
     try:
         perceptual = hita.PerceptualLoss().to(device)
     except hita.HitaError as e:
-        print(f"without {e}")
-    size, kinds = hita.published_size(tokenizer.cfg.image_size), ("originals", "reconstructions") if args.npz else ()
-    npz = [hita.PictureFile(Path(f"{args.npz}-{kind}.npz"), len(val), size) for kind in kinds]
-    figures = evaluate(tokenizer, val, device, out / "eval.png", perceptual, npz, workers)
-    for file in npz:
-        file.close()
-    line = {"tokenizer": path, "step": saved.get("step"), "num_global": tokenizer.cfg.num_global, "k": tokenizer.cfg.k,
-            "dino": tokenizer.cfg.dino, "pictures": len(val), **figures}
-    if val.folder == train.folder:
-        print("without probes: there are no validation pictures, and these are some of the training pictures")
-    else:
-        line |= probes(tokenizer, train, val, device, workers)
-    print(" ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in line.items()))
+        print(f"without LPIPS: {e}")
+    out.mkdir(parents=True, exist_ok=True)
+    figures = evaluate(tokenizer, val, out / "eval.png", workers, perceptual, args.npz)
+    if val.root != train.root:  # else the probes would be judged on what they were fitted to
+        figures |= probes(tokenizer, train, val, workers)
+    line = {"tokenizer": str(path), "M": cfg.num_global, "k": cfg.k, "dino": cfg.dino,
+            "pictures": len(val), **{name: round(value, 4) for name, value in figures.items()}}
+    print(" ".join(f"{name} {value}" for name, value in line.items()))
     with open(out / "eval.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
 
 
-def both_counts(out: hita.TokenizerOutput, cfg: hita.TokenizerConfig) -> torch.Tensor:
-    """Uses of each global and each patch code (2, V)."""
-    return torch.stack([hita.count_ids(ids, cfg.codebook_size) for ids in (out.global_ids, out.patch_ids)])
-
-
-def usage(hits: torch.Tensor) -> dict[str, float]:
-    """Hits (2, V) of global and patch codes -> share in use and perplexity of each codebook that is used at all."""
+@torch.no_grad()
+def probes(tokenizer: hita.HitaTokenizer, train: hita.Pictures, val: hita.Pictures,
+           workers: int) -> dict[str, float]:
+    """Share of validation pictures whose class a linear classifier finds in the quantized global
+    and in the quantized patch tokens; fitted to up to 20,000 training pictures. Chance is the
+    share of the most frequent class."""
+    device, features, labels = next(tokenizer.parameters()).device, {}, {}
+    for split, data, every in (("train", train, -(-len(train) // 20_000)), ("val", val, 1)):
+        items = [(0, i) for i in range(0, len(data), every)]
+        loader = DataLoader(data, 16, sampler=items, num_workers=workers)
+        rows = []
+        for images, classes in tqdm(loader, f"encoding {split}", leave=False):
+            global_ids, patch_ids = tokenizer.encode(images.to(device))
+            rows.append(torch.cat([classes[:, None].to(device), global_ids, patch_ids], dim=1))
+        M, N = tokenizer.cfg.num_global, tokenizer.cfg.grid ** 2
+        labels[split], global_ids, patch_ids = torch.cat(rows).split([1, M, N], dim=1)
+        labels[split] = labels[split].flatten()
+        features["patch", split] = tokenizer.patch_quantizer.lookup(patch_ids).flatten(1)
+        if tokenizer.cfg.num_global:
+            features["global", split] = tokenizer.global_quantizer.lookup(global_ids).flatten(1)
     figures = {}
-    for name, h in zip(("global", "patch"), hits):
-        if h.sum() > 0:
-            figures[f"{name}_use"], figures[f"{name}_ppl"] = hita.usage_and_perplexity(h)
-    return figures
+    for kind in sorted({kind for kind, _ in features}):
+        found = linear_probe(features[kind, "train"], labels["train"], features[kind, "val"])
+        figures[f"probe_{kind}"] = (found == labels["val"]).float().mean().item()
+    most = labels["train"].mode().values
+    return figures | {"probe_chance": (labels["val"] == most).float().mean().item()}
 
 
-def make_step(cfg: hita.TokenizerConfig, recipe: Training, compiled: bool, tokenizer, ema, discriminator, perceptual):
-    """-> the optimizers of tokenizer and discriminator, and a function (step, images) -> (figures, uses of codes (2, V)) that
-    trains both models for a step."""
-    for level in (*tokenizer.encoder.levels, *tokenizer.decoder.levels):
-        level.recompute = recipe.recompute
-    parts = [tokenizer.encoder, *([tokenizer.extractor, tokenizer.fusion] if cfg.num_global else []), tokenizer.decoder,
-             tokenizer.dino, discriminator, perceptual]  # not the quantizers, which stay in float32
-    for part in filter(None, parts if compiled else []):
-        part.compile()
-    optimizer = torch.optim.Adam(tokenizer.parameters(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
-    model, judge = tokenizer, discriminator
-    if hita.world() > 1:
-        model, judge = DDP(tokenizer, broadcast_buffers=False), DDP(discriminator, broadcast_buffers=False)
-    tokenizer.train()
+@torch.enable_grad()
+def linear_probe(x: Tensor, y: Tensor, val_x: Tensor, decay: float = 0.01) -> Tensor:
+    """Classes (m,) that a linear classifier fitted to x (n, D), y (n,) finds for val_x (m, D).
 
-    def train_step(step: int, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        for group in optimizer.param_groups:
-            group["lr"] = hita.learning_rate(step, recipe.steps, recipe.warmup, recipe.lr, recipe.lr_final)
-        adversarial = step >= recipe.gan_start and recipe.gan_weight > 0
+    Logistic regression on standardised features with the L2 penalty decay / 2 * |W|^2.
+    """
+    mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
+    x, val_x = (x - mean) / std, (val_x - mean) / std
+    layer = nn.Linear(x.shape[1], int(y.max()) + 1, device=x.device)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
-        # generator
-        discriminator.requires_grad_(False)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            result = model(images)
-            losses = generator_losses(images, result, recipe, perceptual, discriminator if adversarial else None)
-        loss = sum(losses.values())
+    def loss() -> Tensor:
         optimizer.zero_grad()
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), recipe.clip)
-        hita.careful_step(optimizer, loss, grad_norm)
-        hita.update_ema(ema, tokenizer, recipe.ema)
-        metrics = {"loss": loss, **losses, "grad": grad_norm}
+        value = F.cross_entropy(layer(x), y) + decay / 2 * layer.weight.square().sum()
+        value.backward()
+        return value
 
-        # discriminator
-        if adversarial:
-            discriminator.requires_grad_(True)
-            metrics |= discriminator_step(images, result.recon.detach(), judge, optimizer_d, recipe)
-        return metrics, both_counts(result, cfg)
-
-    return optimizer, optimizer_d, train_step
-
-
-def bench(args, cfg: hita.TokenizerConfig, recipe: Training, device: torch.device) -> None:
-    """Print the speed of encoding, decoding and training with random weights and pictures, LPIPS and discriminator at work."""
-    models = build(cfg, recipe, device, None, None, pretrained=False)
-    *_, train_step = make_step(cfg, recipe, hita.compiled(args, device), *models)
-    B, ema = recipe.batch_size, models[1]
-    images = (2 * torch.rand(B, 3, cfg.image_size, cfg.image_size, device=device) - 1).to(memory_format=torch.channels_last)
-    title = f"{args.preset if hasattr(args, 'preset') else 'emoji'}, {cfg.image_size} px, batch {B}"
-    hita.measure(f"encode {title}, float32", lambda: ema.encode(images), device, B, count_flops=True)
-    ids = ema.encode(images)
-    hita.measure(f"decode {title}, float32", lambda: ema.decode(*ids), device, B, count_flops=True)
-    hita.measure(f"train {title}, {'bfloat16' if images.is_cuda else 'float32'}", lambda: train_step(recipe.gan_start, images),
-                 device, B, count_flops=True)
-
-
-def main():
-    args, cfg, recipe, saved = parse_args()
-    device = hita.start(args.device)
-    if args.bench:
-        return bench(args, cfg, recipe, device)
-    if args.eval is not None:
-        return evaluate_checkpoint(args, recipe.workers, device)
-    train = hita.ImageFolder(args.data or hita.embedded_data(), "train", cfg.image_size, True, recipe.crop_range, recipe.seed)
-    val = hita.validation_data(train)
-    if saved:
-        hita.check_settings(saved, cfg, recipe, train)
-    models = tokenizer, ema, discriminator, _ = build(cfg, recipe, device, args.dino_file, None if saved else args.init_from)
-    out = hita.run_directory(args.out)
-    optimizer, optimizer_d, train_step = make_step(cfg, recipe, hita.compiled(args, device), *models)
-    log = hita.Log(out / "tokenizer.jsonl", recipe.steps, device)
-    parts = {"model": tokenizer, "ema": ema, "discriminator": discriminator, "optimizer": optimizer, "optimizer_d": optimizer_d,
-             "log": log, "random": hita.RandomState(device)}
-    facts = {"config": dataclasses.asdict(cfg), "recipe": dataclasses.asdict(recipe), "pictures": train.fingerprint(),
-             "files": {"data": args.data, "dino_file": args.dino_file}}
-    order = hita.Shuffled(len(train), recipe.batch_size, recipe.seed, first_step=saved["step"] if saved else 0)
-    batches = iter(DataLoader(train, batch_sampler=order, num_workers=recipe.workers, worker_init_fn=hita.ignore_signals,
-                              pin_memory=device.type == "cuda"))
-    if hita.rank() == 0:
-        print(f"tokenizer {sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f}M parameters, {len(train)} pictures, "
-              f"{device} x {hita.world()}\n{cfg}\n{recipe}", flush=True)
-    look = lambda step: evaluate(ema, val, device, out / f"tokenizer-{step:06d}.png")
-    for step in hita.steps(out, "tokenizer", recipe, parts, facts, saved, look, usage):
-        images = next(batches)[0].to(device, non_blocking=True, memory_format=torch.channels_last)   # (B, 3, H, W)
-        log.add(step, *train_step(step, images))
+    optimizer.step(loss)
+    return layer(val_x).argmax(dim=1)
 
 
 if __name__ == "__main__":
