@@ -894,14 +894,15 @@ class Llama(nn.Module):
     @torch.no_grad()
     def generate(self, class_ids: Tensor, cfg_scale: float = 1.0, temperature: float = 1.0,
                  top_k: int = 0, top_p: float = 1.0, given: Tensor | None = None, seed: int = 0,
-                 numbers: list[int] | None = None, released_sampling: bool = False,
+                 random: Tensor | None = None, released_sampling: bool = False,
                  progress: bool = False) -> tuple[Tensor, Tensor]:
         """Draw pictures of the classes (B,), int64 -> global ids (B, M), patch ids (B, N).
 
         cfg_scale: strength of classifier-free guidance (Ho & Salimans 2022), 1 is without.
         temperature, top_k, top_p: see filter_logits; top_k=1 is greedy. given (B, P): the first P
-        ids. seed, numbers: see random_numbers. released_sampling: embed the last global token with
-        the patch table, as the released sampling code does by mistake. HitaError for wrong classes.
+        ids. random (B, M + N): see random_numbers, which makes them of the seed. released_sampling:
+        embed the last global token with the patch table, as the released sampling code does by
+        mistake. Raises HitaError for classes that the model does not have.
         """
         cfg, M = self.cfg, self.cfg.num_global
         is_ids = isinstance(class_ids, Tensor) and class_ids.dtype == torch.int64
@@ -911,7 +912,8 @@ class Llama(nn.Module):
               f"{class_ids.tolist()}: this model has the classes 0 to {cfg.num_classes - 1}")
         ids = class_ids.new_empty(len(class_ids), 0) if given is None else given
         total = M + cfg.num_patches
-        random = random_numbers(class_ids, total, seed, numbers)  # (B, M + N)
+        if random is None:
+            random = random_numbers(class_ids, total, seed)  # (B, M + N)
 
         # Guidance predicts everything twice, with the class and without: one batch [cond; uncond].
         labels, copies = class_ids, 1
@@ -922,7 +924,7 @@ class Llama(nn.Module):
         caches = [KVCache(self.norm.weight, *shape) for _ in self.blocks]
 
         # The class and all ids that are given are read at once, then one id at a time.
-        M_table = M - 1 if released_sampling else M  # so many tokens are embedded as globals
+        M_table = max(0, M - 1) if released_sampling else M  # so many are embedded as globals
         given = ids.repeat(copies, 1)
         x = self.embed(labels, given[:, :M_table], given[:, M_table:])  # (B or 2B, 1 + P, dim)
         index = torch.arange(x.shape[1], device=x.device)
@@ -957,18 +959,16 @@ class Llama(nn.Module):
         return token, table(token).repeat(len(x) // len(token), 1, 1)
 
 
-def random_numbers(class_ids: Tensor, length: int, seed: int = 0,
-                   numbers: list[int] | None = None) -> Tensor:
-    """Uniform numbers in [0, 1) for the tokens of pictures of the classes (B,) -> (B, length).
+def random_numbers(class_ids: Tensor, length: int, seed: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1), one a token, for pictures of the classes (B,) -> (B, length).
 
-    A row follows from the seed, the class and the picture's number in its class (counted here
-    unless given) and nothing else: a picture stays the same whatever is made beside it.
+    Those of the j-th picture of class c follow from (seed, c, j) and nothing else: a picture stays
+    the same whatever is made beside it.
     """
-    rows, counted = [], Counter()
-    for i, c in enumerate(class_ids.tolist()):
-        key = seed, c, numbers[i] if numbers else counted[c]
-        rows.append(np.random.default_rng(key).random(length, dtype=np.float32))
-        counted[c] += 1
+    rows, count = [], Counter()
+    for c in class_ids.tolist():
+        rows.append(np.random.default_rng((seed, c, count[c])).random(length, dtype=np.float32))
+        count[c] += 1
     return torch.from_numpy(np.array(rows)).to(class_ids.device)
 
 
@@ -1203,7 +1203,8 @@ class Stop:
 
 def ignore_signals(worker: int) -> None:
     """For loader processes, which end with the process that they load for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def first_line(error: BaseException) -> str:
@@ -1735,7 +1736,8 @@ def check_resume(saved: dict, cfg, recipe, pictures: int) -> None:
 
 def made_from(args: argparse.Namespace, earlier: dict) -> dict:
     """What a run is made from: as the flags say, else as in an earlier checkpoint."""
-    paths = {name: getattr(args, name) or earlier.get(name) for name in ("data", "dino_file")}
+    flags = vars(args)
+    paths = {name: flags.get(name) or earlier.get(name) for name in ("data", "dino_file")}
     return {name: path and os.path.abspath(path) for name, path in paths.items()}
 
 

@@ -23,7 +23,6 @@ import difflib
 import os
 import re
 import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -54,20 +53,20 @@ def parse_args():
     add("--top-p", type=float, default=1.0, help="from the likeliest that reach probability p [1]")
     add("--seed", type=int, default=0, help="the same seed gives the same pictures [0]")
     add("--list", action="store_true", help="list the released models and stop")
-    add("--llama", metavar="FILE", help="checkpoint or released name [llama.pt in the run directory "
-        f"or, where there is none, {DEFAULT}]")
+    add("--llama", metavar="FILE", help="checkpoint or released name [llama.pt in the run "
+        f"directory or, where there is none, {DEFAULT}]")
     add("--tokenizer", metavar="FILE", help="checkpoint or name [the one that the Llama goes with]")
     add("--out", default="out", help="run directory [out]")
     add("--image", help="grid to write [in the run directory]")
-    add("--single", action="store_true", help="write each picture, too, in a folder beside the grid")
+    add("--single", action="store_true", help="write each picture, too, in a folder")
     add("--native", action="store_true", help="keep 336 px [256, as the published figures]")
-    add("--released-sampling", action="store_true", help="make the released sampling code's mistake "
-        "at the last global token; for comparison with published figures only")
+    add("--released-sampling", action="store_true", help="make the released code's mistake at the "
+        "last global token; for comparison with published figures only")
     add("--device", help="cuda, mps or cpu [the best there is]")
     add("--compile", action="store_true", help="torch.compile, takes a minute; for many pictures")
     add("--keep", type=float, default=0.5, help="share of the height given to --complete [0.5]")
-    add("--globals", choices=("visible", "sampled", "full"), default="visible", help="global tokens "
-        "of --complete: of the given part, the class or, an upper bound, the picture [visible]")
+    add("--globals", choices=("visible", "sampled", "full"), default="visible", help="global "
+        "tokens of --complete: of the given part, the class, or (upper bound) all [visible]")
     add("--from", nargs="+", metavar="IMG", dest="styles", help="global tokens of --style")
     add("--dino-file", metavar="FILE", help="DINOv2 weights, .pth or .safetensors [the Hub's]")
     add("--count", type=int, help="so many pictures over all classes, with --npz")
@@ -78,22 +77,23 @@ def parse_args():
     use.add_argument("--reconstruct", nargs="+", metavar="IMG", help="encode and decode these")
     use.add_argument("--style", nargs="+", metavar="IMG", help="decode with the globals of --from")
     use.add_argument("--complete", nargs="+", metavar="IMG", help="draw the lower part anew")
-    use.add_argument("--keep-globals", action="store_true", help="a sample with other patch tokens, "
-                     "and with other global tokens")
+    use.add_argument("--keep-globals", action="store_true", help="a sample with other patch "
+                     "tokens, and with other global tokens")
     use.add_argument("--npz", metavar="FILE", help="pictures as uint8 (n, H, W, 3), no grid")
-    use.add_argument("--fd", nargs=2, metavar="SET", help="Fréchet distance; folders or .npz files")
+    use.add_argument("--fd", nargs=2, metavar="SET", help="Fréchet distance of two sets")
     args = parser.parse_args()
-    hita.check(1 <= args.num <= 10_000, f"--num is {args.num}, it must lie between 1 and 10000")
-    hita.check(args.seed >= 0, f"--seed is {args.seed}, it must be 0 or more")
-    hita.check(0 <= args.cfg_scale < np.inf, f"--cfg-scale is {args.cfg_scale}, it must be 0 or more")
-    hita.check(0 < args.temperature < np.inf, f"--temperature is {args.temperature}, it must be "
-               "positive; for the most likely tokens use --top-k 1")
-    hita.check(args.top_k >= 0, f"--top-k is {args.top_k}, it must be 0 (all) or more")
-    hita.check(0 < args.top_p <= 1, f"--top-p is {args.top_p}, it must be above 0 and at most 1")
-    hita.check(0 < args.keep < 1, f"--keep is {args.keep}, it must lie between 0 and 1")
+    for name, fits, needed in (
+            ("num", 1 <= args.num <= 10_000, "between 1 and 10000"),
+            ("seed", args.seed >= 0, "0 or more"),
+            ("cfg_scale", 0 <= args.cfg_scale < np.inf, "0 or more"),
+            ("temperature", 0 < args.temperature < np.inf, "positive (greedy is --top-k 1)"),
+            ("top_k", args.top_k >= 0, "0 (all) or more"),
+            ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+            ("keep", 0 < args.keep < 1, "between 0 and 1"),
+            ("count", args.count is None or args.count > 0, "positive")):
+        hita.check(fits, f"--{name.replace('_', '-')} is {getattr(args, name)}, must be {needed}")
     hita.check(bool(args.style) == bool(args.styles), "--style and --from belong together")
     hita.check(not args.count or args.npz, "--count needs --npz FILE")
-    hita.check(args.count is None or args.count > 0, f"--count is {args.count}, it must be positive")
     hita.check(not args.complete or args.classes, "--complete needs --class: one, or one for each")
     many = (args.complete or args.keep_globals) and args.num > CHUNK
     hita.check(not many, f"--num is {args.num}, with this use at most {CHUNK}")
@@ -215,11 +215,8 @@ def generate(args, device: torch.device, image: Path) -> None:
                 len(classes), size=args.count))
         class_ids = classes[order]
 
-    # each picture's number in its class, from which its random numbers follow
-    counted, numbers = Counter(), []
-    for c in class_ids.tolist():
-        numbers.append(counted[c])
-        counted[c] += 1
+    length = llama.cfg.num_global + llama.cfg.num_patches
+    random = hita.random_numbers(class_ids, length, args.seed)  # of all, whoever makes which
     size = tokenizer.cfg.image_size
     size = 256 if size == 336 and not args.native else size
     if args.npz:
@@ -229,27 +226,26 @@ def generate(args, device: torch.device, image: Path) -> None:
     start, draw = time.time(), drawing(args, llama)
     for first in range(hita.rank() * CHUNK, len(class_ids), hita.world() * CHUNK):
         chunk = slice(first, first + CHUNK)
-        ids = draw(class_ids[chunk].to(device), numbers=numbers[chunk])
+        ids = draw(class_ids[chunk].to(device), random=random[chunk].to(device))
         array[chunk] = decode(tokenizer, ids, args.native).permute(0, 2, 3, 1).numpy()
     if args.npz:
         hita.pack_pictures(Path(args.npz), array)
     else:
-        names = [llama.classes[c] for c in class_ids.tolist()]
         hita.picture_grid(torch.from_numpy(array).permute(0, 3, 1, 2), args.num).save(image)
         if args.single:
-            write_single(array, names, numbers, image.with_suffix(""))
+            write_single(array, [llama.classes[c] for c in class_ids.tolist()], image)
     seconds = time.time() - start
     if hita.rank() == 0:
         print(f"{len(class_ids)} pictures in {seconds:.1f} s ({len(class_ids) / seconds:.2f} "
               f"images/s): {args.npz or image}")
 
 
-def write_single(array: np.ndarray, names: list[str], numbers: list[int], folder: Path) -> None:
-    """Each picture as <class>-<number>.png."""
-    folder.mkdir(exist_ok=True)
-    for pixels, name, number in zip(array, names, numbers):
+def write_single(array: np.ndarray, names: list[str], image: Path) -> None:
+    """Each picture as <class>-<number>.png in a folder beside the grid."""
+    image.with_suffix("").mkdir(exist_ok=True)
+    for i, (pixels, name) in enumerate(zip(array, names)):
         name = re.sub(r"[^\w.-]", "_", name)[:60]  # no names that lead elsewhere
-        Image.fromarray(pixels).save(folder / f"{name}-{number:04d}.png")
+        Image.fromarray(pixels).save(image.with_suffix("") / f"{name}-{i:04d}.png")
 
 
 # ---- Uses of pictures that you have; each gives (pictures, columns of the grid)
@@ -293,7 +289,7 @@ def reconstruct(args, device: torch.device) -> tuple[Tensor, int]:
 
 
 def transfer_style(args, device: torch.device) -> tuple[Tensor, int]:
-    """--style --from: styles on top, contents at the left, each content with each style's globals."""
+    """--style --from: styles on top, contents at the left, each with the globals of each style."""
     tokenizer = load_encoder(args, device)
     hita.check(tokenizer.cfg.num_global > 0, "this tokenizer has no global tokens to take")
     contents, styles = (read(x, tokenizer, device) for x in (args.style, args.styles))

@@ -242,7 +242,8 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
     totals = {name: torch.zeros((), device=device) for name in ("psnr", "lpips", "pictures")}
     counts = code_counts(*[torch.zeros(0, n, dtype=torch.int64, device=device)
                            for n in (tokenizer.cfg.num_global, 1)], V)
-    for n, (images, _) in enumerate(tqdm(loader, "evaluating", disable=hita.rank() > 0, leave=False)):
+    progress = tqdm(loader, "evaluating", disable=hita.rank() > 0, leave=False)
+    for n, (images, _) in enumerate(progress):
         images = images.to(device, memory_format=torch.channels_last)
         ids = tokenizer.encode(images)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
