@@ -1,8 +1,9 @@
 """Hita, the holistic tokenizer for autoregressive image generation, in one file.
 
 ICCV 2025, arXiv 2507.02358. Most image tokenizers cut a picture into patches and give each patch a
-code. Hita adds M *global* (holistic) tokens that describe the picture as a whole, puts them first,
-and lets k of them take the place of patches in decoding:
+code. Hita adds M *global* (holistic) tokens that describe the picture as a whole, and puts them
+first. The decoder reads one state per patch, each taken k positions early, so that no patch sees
+its own code and the globals are needed:
 
     image (B, 3, H, W)
       Encoder                 conv VQGAN, stride f                      -> (B, D, h, w), N = h*w
@@ -10,19 +11,19 @@ and lets k of them take the place of patches in decoding:
       QueryExtractor          [M queries; DINOv2; N patches] bidirectional,
                               then [M queries; N patches] causal        -> (B, M, D), (B, N, D)
       VectorQuantizer, twice  global and patch codebook, V codes each   -> ids (B, M), (B, N)
-      Fusion                  [M global; N patch] causal; the states of N positions,
-                              from k before the first patch on          -> (B, N, D)
+      Fusion                  [M global; N patch] causal; of the states N in a row,
+                              of which the first belongs to global M-k  -> (B, N, D)
       Decoder                 conv VQGAN                                -> (B, 3, H, W)
 
     class -> Llama -> M global ids -> N patch ids -> Fusion, Decoder -> a new picture
 
 Part 1 is Hita, in the order of the data: settings, encoder, DINOv2, query extractor, quantizer,
 fusion, tokenizer, losses, Llama. Part 2, below the banner, is what the scripts share: processes,
-flags, pictures, logs, checkpoints, released files. None of it is about Hita: stop reading there.
+flags, pictures, logs, checkpoints, released files. It can be left unread.
 
 Letters in shape comments: B batch, H W pixels, h w patch grid, N = h*w patch tokens, M global
 tokens, D latent width, C code width (12 global, 8 patch), V codebook size, T sequence length,
-d channels of a head, k global tokens that replace patches.
+d channels of a head, f stride (pixels per patch side), k positions of k-replacement.
 Images are float tensors (B, 3, H, W) in [-1, 1]; token ids are int64.
 """
 
@@ -54,7 +55,7 @@ def check(condition: bool, message: str) -> None:
 
 # ==== PART 1: HITA ============================================================
 #
-# ---- Settings: the scripts make a flag of each field, its help of the comment -
+# ---- Settings: each field becomes a flag of the scripts, its comment the help --
 
 @dataclass
 class TokenizerConfig:
@@ -67,21 +68,20 @@ class TokenizerConfig:
     layers: int = 3  # transformer layers in each of the three stages
     heads: int = 8  # attention heads of the transformers
     dropout: float = 0.1  # dropout in the transformers' attention
-    num_global: int = 128  # number M of global tokens; 0 is the baseline, a plain VQGAN
+    num_global: int = 128  # number M of global tokens; 0 (and k = 0) is a plain VQGAN
     codebook_size: int = 16384  # codes V in each of the two codebooks
     global_code_dim: int = 12  # width of a global code
     patch_code_dim: int = 8  # width of a patch code
     beta: float = 0.25  # weight of the commitment term
     revive_codes: bool = False  # move codes that are hardly used onto encoder outputs; small data
-    k: int = 4  # global tokens that stand where the first k patch tokens would
+    k: int = 4  # positions by which the decoder's window starts before the patches
     dino: str = "vit_large_patch14_reg4_dinov2.lvd142m"  # timm name of the DINOv2, or none
     dino_dim: int = 1024  # feature width of the DINOv2
     vfm_recon: bool = False  # Hita-U: predict the DINOv2 features from the globals in training
 
     def __post_init__(self):
-        near = max(1, self.grid) * self.stride, (self.grid + 1) * self.stride
-        check(self.image_size % self.stride == 0, f"image_size {self.image_size} is not a multiple "
-              f"of the stride {self.stride}; the nearest sizes that are: {near[0]}, {near[1]}")
+        check(self.image_size % self.stride == 0 < self.grid,
+              f"image_size {self.image_size} is not a multiple of the stride {self.stride}")
         check(self.channels % 4 == 0, f"channels is {self.channels}, it must be a multiple of 4")
         check(self.latent_dim % self.heads == 0,
               f"latent_dim {self.latent_dim} is not divisible by {self.heads} heads")
@@ -101,7 +101,7 @@ class TokenizerConfig:
 
     @property
     def uses_dino(self) -> bool:
-        """Whether encoding needs the frozen DINOv2 (it never does without global tokens)."""
+        """Whether encoding needs the frozen DINOv2: never without global tokens."""
         return self.dino != "none" and self.num_global > 0
 
 
@@ -194,10 +194,10 @@ class Level(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, blocks: int, attention: bool, resample: nn.Module):
         super().__init__()
-        widths = [c_in] + [c_out] * blocks
-        self.res = nn.ModuleList(map(ResBlock, widths[:-1], widths[1:]))
-        attn = partial(AttnBlock, c_out) if attention else nn.Identity
-        self.attn = nn.ModuleList(attn() for _ in range(blocks))
+        self.res, self.attn = nn.ModuleList(), nn.ModuleList()
+        for i in range(blocks):
+            self.res.append(ResBlock(c_in if i == 0 else c_out, c_out))
+            self.attn.append(AttnBlock(c_out) if attention else nn.Identity())
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
 
 
-# ---- DINOv2 (Oquab et al. 2023): frozen semantic features for the queries to read 
+# ---- DINOv2 (Oquab et al. 2023): frozen features for the queries ----
 
 class DINOv2(nn.Module):
     """Frozen ViT. Images (B, 3, H, W) in [-1, 1] -> normalised cls and patch tokens (B, 257, dim).
@@ -280,7 +280,7 @@ class DINOv2(nn.Module):
                  pretrained: bool = True):
         super().__init__()
         import timm  # slow to import, and decoding does without
-        given = {"state_dict": weights} if weights else {}
+        given = {"state_dict": weights} if weights else {}  # instead of what timm would fetch
         self.vit = timm.create_model(name, pretrained, num_classes=0, img_size=self.SIZE,
                                      pretrained_cfg_overlay=given)
         for stat, rgb in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
@@ -399,9 +399,9 @@ class QueryExtractor(nn.Module):
     """Patches (B, D, h, w), DINOv2 tokens -> queries (B, M, D), patches (B, N, D)
 
     Stage 1 is bidirectional: the queries must summarise the picture, so they look at everything.
-    Stage 2 is causal over [queries; patches]: each global token may depend only on those before it,
-    since that is the order in which the Llama will have to predict them. Queries no longer see
-    patches; patches see all queries.
+    Stage 2 is causal over [queries; patches]: here a query sees only the queries before it, which
+    is the order in which the Llama will have to predict them, and no patches; patches see all
+    queries. Patches have learned positions; a query is its own position.
     """
 
     def __init__(self, cfg: TokenizerConfig):
@@ -444,7 +444,8 @@ class VectorQuantizer(nn.Module):
     """The nearest of V codes on the unit sphere (VQ-VAE, van den Oord et al. 2017; ViT-VQGAN).
 
     forward: z (B, T, C) -> codes (B, T, C), ids (B, T), loss; lookup: ids -> codes (B, T, C).
-    Another quantizer (FSQ, LFQ, ...) is a class with these two methods; HitaTokenizer names it.
+    Another quantizer (FSQ, LFQ, ...) is a class with these two methods and its own loss, perhaps 0;
+    HitaTokenizer builds it with (size, dim, beta).
     """
 
     def __init__(self, size: int, dim: int, beta: float = 0.25):
@@ -457,14 +458,14 @@ class VectorQuantizer(nn.Module):
         # float32 even under autocast: in bfloat16 one id in twenty would be another
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=-1)  # (B, T, C)
-            codebook = F.normalize(self.codebook, dim=-1)  # (V, C)
+            codebook = F.normalize(self.codebook.float(), dim=-1)  # (V, C)
 
             # on the sphere the nearest code is the one with the largest cosine
             ids = (z @ codebook.T).argmax(dim=-1)  # (B, T)
             codes = codebook[ids]  # (B, T, C)
 
-            # |code - sg[z]|^2 pulls the codes to the encoder's outputs; the commitment term
-            # beta |z - sg[code]|^2 keeps the encoder's outputs near their codes
+            # the first term pulls the codes to the encoder's outputs; the second, the commitment
+            # with its weight beta, keeps the encoder's outputs near their codes
             loss = F.mse_loss(codes, z.detach()) + self.beta * F.mse_loss(z, codes.detach())
 
             # straight through: the values of the codes with the gradient of z
@@ -478,7 +479,7 @@ class VectorQuantizer(nn.Module):
 # ---- Fusion with k-replacement -----------------------------------------------
 
 class Fusion(nn.Module):
-    """Global codes (B, M, D), patch codes (B, N, D) -> one state for each cell, (B, N, D).
+    """Globals (B, M, D), patches (B, N, D), both quantized -> a state for each cell, (B, N, D).
 
     A causal transformer reads [global; patch]. Without k-replacement cell i would be the state of
     its own patch, at position M + i. Here it is the state k positions earlier, M - k + i:
@@ -487,9 +488,9 @@ class Fusion(nn.Module):
         token      globals             | patches 0, 1, ...   | last k patches: read by no cell
         cell             0    ...  k-1 | k   k+1 ... N-1     | -
 
-    So the first k cells are decoded from global tokens alone (cell k-1 is the first to see all M),
-    later ones from all globals and the patches up to i - k; with k > 0 no cell sees its own patch.
-    That is to force the global tokens to carry information: with k = 0 nothing does.
+    So the first k states come from global tokens alone (cell k-1 is the first to see all M), later
+    ones from all globals and the patches up to i - k; with k > 0 none sees its own patch. That is
+    to force the global tokens to carry information: with k = 0 nothing here does.
     The last k patch tokens reach no cell, yet the Llama must predict them too.
     """
 
@@ -504,7 +505,7 @@ class Fusion(nn.Module):
         if cfg.vfm_recon:
             self.mask_token = learned(1, D)
             self.vfm_norm, self.vfm_proj = nn.LayerNorm(D), nn.Linear(D, cfg.dino_dim)
-        for m in self.modules():
+        for m in self.modules():  # as released; the extractor keeps torch's defaults
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
@@ -577,8 +578,7 @@ class HitaTokenizer(nn.Module):
     def attach_dino(self, dino: DINOv2 | None) -> None:
         """Set the frozen DINOv2. HitaError if its width is not that of the configuration."""
         width = self.cfg.dino_dim if dino is None else dino.vit.embed_dim
-        check(width == self.cfg.dino_dim,
-              f"this DINOv2 has {width} features, the tokenizer expects {self.cfg.dino_dim}")
+        check(width == self.cfg.dino_dim, f"dino_dim is {self.cfg.dino_dim}, this has {width}")
         # past nn.Module's registration: no optimizer, EMA, DDP or checkpoint may see it
         self.__dict__["dino"] = dino
 
@@ -586,8 +586,8 @@ class HitaTokenizer(nn.Module):
         """Frozen features (B, 257, dino_dim), None where the configuration does without."""
         if not self.cfg.uses_dino:
             return None
-        check(self.dino is not None, f"this tokenizer reads images through {self.cfg.dino}: "
-              "give load_tokenizer(path, dino=...) that name or a weights file")
+        check(self.dino is not None, f"encoding needs {self.cfg.dino}: load_tokenizer(path, dino="
+                                     "...) takes that name or a weights file")
         return self.dino.to(images.device)(images)
 
     def embed(self, images: Tensor, dino_tokens: Tensor | None) -> tuple[Tensor | None, Tensor]:
@@ -615,7 +615,7 @@ class HitaTokenizer(nn.Module):
         global_z, patch_z = self.embed(images, self.dino_tokens(images))
         _, patch_ids, _ = self.patch_quantizer(patch_z)
         if global_z is None:
-            return patch_ids[:, :0], patch_ids
+            return patch_ids[:, :0], patch_ids  # (B, 0)
         _, global_ids, _ = self.global_quantizer(global_z)
         return global_ids, patch_ids
 
@@ -655,10 +655,13 @@ class HitaTokenizer(nn.Module):
         return TokenizerOutput(recon, codebook_loss, feature_loss, global_ids, patch_ids)
 
 
-# ---- Losses: reconstruction + LPIPS + adversarial + codebook (+ feature) -----
+# ---- Losses ------------------------------------------------------------------
+#
+# The tokenizer minimises rec + LPIPS + 0.5 adversarial + codebook (+ feature for Hita-U), where
+# rec is 2 MSE; the sum is taken in train_tokenizer.py. The discriminator minimises a hinge loss.
 
 def reconstruction_loss(images: Tensor, recon: Tensor) -> Tensor:
-    """Twice the mean squared error: the released recipe adds it once as L2, once by default."""
+    """2 MSE: the released recipe's L2 term, and an MSE term that its trainer always adds."""
     return 2 * F.mse_loss(recon.float(), images)
 
 
@@ -677,9 +680,9 @@ class PerceptualLoss(nn.Module):
         try:
             self.lpips = lpips.LPIPS(net="vgg", pnet_rand=not pretrained, verbose=False)
         except Exception as e:  # the download raises many kinds; the remedy is the same
-            raise HitaError("cannot fetch VGG-16 for LPIPS: download https://download.pytorch.org/"
-                            f"models/vgg16-397923af.pth to {torch.hub.get_dir()}/checkpoints/, "
-                            "or train with --lpips-weight 0") from e
+            url = "https://download.pytorch.org/models/vgg16-397923af.pth"
+            raise HitaError(f"cannot fetch VGG-16 for LPIPS: download {url} into "
+                            f"{torch.hub.get_dir()}/checkpoints, or use --lpips-weight 0") from e
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor, recon: Tensor) -> Tensor:
@@ -721,22 +724,16 @@ def adversarial_loss(fake: Tensor) -> Tensor:
     return F.softplus(-fake.float()).mean()
 
 
-def psnr(images: Tensor, recon: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in dB, (B, 3, H, W) in [-1, 1] -> (B,)."""
-    mse = (images - recon.clamp(-1, 1)).float().square().flatten(1).mean(dim=1)
-    return 10 * torch.log10(4 / mse.clamp(min=1e-10))  # the values span 2
-
-
 # ---- The generator: a Llama (Touvron et al. 2023; for images Sun et al. 2024) -
 
 def position_rotations(num_global: int, grid: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin (M + N, head_dim / 2) by which channel pairs of q and k turn at each input.
 
-    Positions 0 .. M-1 (class, globals): no rotation; a learned shift is added there instead.
-    M+1+i (patch i): 2-D RoPE, half of the pairs turn with the cell's row, half with its column.
-    M (the last global token, where the first patch is predicted): cos = sin = 0, so q and k vanish
-    and the query attends to all positions alike. That is an accident of the released code, kept
-    because its weights were trained with it; a new model would do better with cos = 1.
+    Inputs are class, globals, patches, so input p is token p - 1. Positions 0 .. M-1 do not turn; a
+    learned shift is added there instead. M + 1 + i (patch i): 2-D RoPE, half of the pairs turn with
+    the cell's row, half with its column. Position M, the last global token, predicts the first
+    patch: there cos = sin = 0, so q and k vanish, its query attends to 0 .. M alike, and to later
+    queries its key scores 0. An accident of the released code, kept since its weights need it.
     """
     pairs = head_dim // 2
     theta = 10000.0 ** (-2 * torch.arange(pairs // 2) / pairs)  # (pairs/2,)
@@ -758,14 +755,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache(nn.Module):
-    """Keys and values of one block for all inputs of a sequence, (B, heads, M + N, d) each."""
+    """Keys and values of one block for all inputs of a sequence, (B or 2B, heads, M + N, d)."""
 
     def __init__(self, like: Tensor, *shape: int):
         super().__init__()
         # two buffers, since the compiler would copy a common one as a whole at each step
-        for name in ("keys", "values"):
-            self.register_buffer(name, like.new_zeros(shape))
-            torch._dynamo.mark_static_address(getattr(self, name), guard=False)
+        self.register_buffer("keys", like.new_zeros(shape))
+        self.register_buffer("values", like.new_zeros(shape))
+        for buffer in self.buffers() if like.is_cuda else ():  # CUDA graphs: they do not move
+            torch._dynamo.mark_static_address(buffer, guard=False)
 
     def update(self, index: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Write k, v (B, heads, T, d) at positions (T,) -> the first `length` keys and values."""
@@ -788,6 +786,7 @@ class LlamaBlock(nn.Module):
         self.w1, self.w3, self.w2 = linear(dim, hidden), linear(dim, hidden), linear(hidden, dim)
 
     def forward(self, x: Tensor, *where) -> Tensor:
+        """where: positions, cache and mask, see attend."""
         x = x + self.dropout(self.attend(self.norm1(x), *where))
         y = self.norm2(x)
         return x + self.dropout(self.w2(F.silu(self.w1(y)) * self.w3(y)))
@@ -801,7 +800,7 @@ class LlamaBlock(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, T, dim) each
 
         # Positions act on queries and keys only, never on the residual stream, and anew in every
-        # block: a learned shift for the class and the globals, a rotation for the patches.
+        # block: a learned shift for inputs 0 .. M-1, a rotation for the patches.
         q, k = q + shift, k + shift
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))  # (B, heads, T, d)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -868,7 +867,7 @@ class Llama(nn.Module):
         M, shift = self.cfg.num_global, x.new_zeros(1, 1)
         if M:
             shift = self.global_positions(index.clamp(max=M - 1))  # (T, dim)
-            shift = shift.masked_fill((index >= M)[:, None], 0.0)
+            shift = shift.masked_fill((index >= M)[:, None], 0.0)  # none from position M on
         cos, sin = self.cos[index], self.sin[index]  # (T, d/2)
         for i, block in enumerate(self.blocks):
             x = block(x, shift, cos, sin, index, caches[i] if caches else None, visible)
@@ -919,18 +918,18 @@ class Llama(nn.Module):
         labels, copies = class_ids, 1
         if cfg_scale != 1:
             labels, copies = torch.cat([class_ids, torch.full_like(class_ids, cfg.num_classes)]), 2
-        d = cfg.dim // cfg.heads
-        shape = len(labels), cfg.heads, total, d + -d % 8
+        d = -(-cfg.dim // cfg.heads // 8) * 8  # channels of a head, padded as in attend
+        shape = len(labels), cfg.heads, total, d
         caches = [KVCache(self.norm.weight, *shape) for _ in self.blocks]
 
         # The class and all ids that are given are read at once, then one id at a time.
-        M_table = max(0, M - 1) if released_sampling else M  # so many are embedded as globals
+        end = max(0, M - 1) if released_sampling else M  # tokens before it: the global table
         given = ids.repeat(copies, 1)
-        x = self.embed(labels, given[:, :M_table], given[:, M_table:])  # (B or 2B, 1 + P, dim)
+        x = self.embed(labels, given[:, :end], given[:, end:])  # (B or 2B, 1 + P, dim)
         index = torch.arange(x.shape[1], device=x.device)
         for p in tqdm(range(ids.shape[1], total), "tokens", disable=not progress, leave=False):
             token, x = self.step(x, index, caches, random[:, p, None], cfg_scale,
-                                 (temperature, top_k, top_p), p < M, p < M_table)
+                                 (temperature, top_k, top_p), p < M, p < end)
             ids = torch.cat([ids, token], dim=1)  # (B, p + 1)
             x, index = x.clone(), index[-1:] + 1  # the next step may reuse the memory of x
         return ids[:, :M], ids[:, M:]
@@ -939,7 +938,8 @@ class Llama(nn.Module):
              cfg_scale: float, filters: tuple, is_global: bool, embed_global: bool):
         """Inputs (B or 2B, T, dim) at positions (T,) -> next token (B, 1), and as input embedded.
 
-        What changes from step to step comes as tensors, so that it can be compiled as a whole.
+        All that changes from step to step is tensors, but for the kind of token: so it can be
+        compiled as a whole, once for globals and once for patches.
         """
         # An input sees itself and those before. A GPU reads the whole cache, so that shapes never
         # change; a CPU gains nothing by that and reads the part that is filled.
@@ -975,8 +975,8 @@ def random_numbers(class_ids: Tensor, length: int, seed: int = 0) -> Tensor:
 def draw(probs: Tensor, random: Tensor) -> Tensor:
     """Probabilities (B, V), uniform numbers (B, 1) -> ids (B, 1): inverts the cumulative sum."""
     cumulative = probs.cumsum(dim=-1)
-    cumulative = cumulative.masked_fill(probs == 0, 0.0)  # such an id is never drawn
-    target = random * cumulative.amax(dim=-1, keepdim=True)  # by rounding not quite 1
+    cumulative = cumulative.masked_fill(probs == 0, 0.0)  # never above the target: never drawn
+    target = random * cumulative.amax(dim=-1, keepdim=True)  # the sum is 1 but for rounding
     return (cumulative > target).int().argmax(dim=-1, keepdim=True)  # the first above
 
 
@@ -984,8 +984,8 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
                   top_p: float = 1.0) -> Tensor:
     """Logits (B, V) -> logits (B, V) divided by the temperature, -inf where filtered out.
 
-    top_k keeps the k largest (and ties), 0 keeps all. top_p then keeps the fewest largest whose
-    probability reaches p. Temperatures below 1e-6 count as 1e-6, which is greedy.
+    top_k keeps the k largest (and ties), 0 keeps all. top_p then keeps the largest until their
+    probability exceeds p. Temperatures below 1e-6 count as 1e-6, which is greedy.
     """
     logits = logits / max(temperature, 1e-6)
     if top_k > 0:
@@ -994,7 +994,7 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(dim=-1)
-        beyond = probs.cumsum(dim=-1) - probs > top_p  # larger ones reach p already
+        beyond = probs.cumsum(dim=-1) - probs > top_p  # those before it exceed p
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
     return logits
 
@@ -1014,7 +1014,6 @@ def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor
 
 # ==============================================================================
 # PART 2: WHAT THE SCRIPTS SHARE. Nothing below is about Hita.
-# Codes for small data, processes, flags, pictures, log, checkpoints, released files.
 # ==============================================================================
 
 import argparse
@@ -1037,7 +1036,7 @@ import huggingface_hub
 import safetensors.torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 class RevivingQuantizer(VectorQuantizer):
@@ -1084,21 +1083,25 @@ def usage(name: str, hits: Tensor) -> dict[str, float]:
 
 
 def check_images(images: Tensor, stride: int) -> None:
-    """HitaError unless images are a float tensor (B, 3, H, W) in [-1, 1] that the stride divides.
-    Warns where they look like [0, 1]."""
-    check(isinstance(images, Tensor), f"images are a {type(images).__name__}, expected a tensor: "
-          "hita.load_picture(picture, size) makes one of a file or a PIL picture")
-    check(images.is_floating_point(), f"images are {images.dtype}, expected float in [-1, 1]: "
-                                      "of bytes take x / 127.5 - 1")
-    shape = tuple(images.shape)
+    """HitaError unless images are a float tensor (B, 3, H, W) in [-1, 1] whose sides the stride
+    divides; a warning where they look like [0, 1]."""
+    is_float = isinstance(images, Tensor) and images.is_floating_point()
+    check(is_float, "images must be a float tensor (B, 3, H, W) in [-1, 1]: load_picture(file or "
+                    "PIL picture, size) makes one; of bytes take x / 127.5 - 1")
+    shape, (low, high) = tuple(images.shape), images.aminmax()
     fits = len(shape) == 4 and shape[1] == 3 and not shape[2] % stride and not shape[3] % stride
     check(fits, f"images have shape {shape}, expected (B, 3, H, W) with sides that are multiples "
                 f"of the stride {stride}")
-    low, high = images.aminmax()
     check(low > -2 and high < 2, f"pixels reach from {low:.3g} to {high:.3g}, expected [-1, 1]")
-    if low >= 0 and high > 0:
+    if 0 <= low < high:
         warnings.warn("no pixel is below 0: if these pictures are in [0, 1], encode 2 * x - 1",
                       stacklevel=3)
+
+
+def psnr(images: Tensor, recon: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture in dB, (B, 3, H, W) in [-1, 1] -> (B,)."""
+    mse = (images - recon.clamp(-1, 1)).float().square().flatten(1).mean(dim=1)
+    return 10 * torch.log10(4 / mse.clamp(min=1e-10))  # the values span 2
 
 
 # ---- Processes: torchrun, signals, errors ------------------------------------
@@ -1302,7 +1305,7 @@ class Parser(argparse.ArgumentParser):
 
 def integers(text: str) -> tuple[int, ...]:
     """'1,2,4' -> (1, 2, 4)"""
-    return tuple(int(part) for part in text.split(","))
+    return tuple(map(int, text.split(",")))
 
 
 def override(settings, args: argparse.Namespace):
@@ -1331,7 +1334,6 @@ def embedded_data() -> Path:
 
 def on_white(image: Image.Image) -> Image.Image:
     """Any picture as RGB, upright as its EXIF data say, on white where it is transparent."""
-    from PIL import ImageOps
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
