@@ -33,7 +33,7 @@ import math
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ class TokenizerConfig:
         check(self.image_size % self.stride == 0 < self.grid,
               f"image_size {self.image_size} is not a multiple of the stride {self.stride}")
         check(self.channels % 4 == 0, f"channels is {self.channels}, it must be a multiple of 4")
-        check(self.latent_dim % self.heads == 0,
+        check(self.heads > 0 and self.latent_dim % self.heads == 0,
               f"latent_dim {self.latent_dim} is not divisible by {self.heads} heads")
         check(self.k <= self.num_global,
               f"k is {self.k}, it must not exceed num_global = {self.num_global}")
@@ -120,9 +120,8 @@ class LlamaConfig:
     codebook_size: int = 16384  # codes V in each codebook
 
     def __post_init__(self):
-        channels = self.dim / self.heads
-        check(channels % 4 == 0, f"dim {self.dim} over {self.heads} heads gives {channels:g} "
-              "channels a head, it must be a multiple of 4 (2-D RoPE)")
+        check(self.heads > 0 and self.dim % (4 * self.heads) == 0,
+              f"dim {self.dim} is not divisible by 4 x {self.heads} heads (2-D RoPE)")
 
     @property
     def num_patches(self) -> int:
@@ -283,6 +282,7 @@ class DINOv2(nn.Module):
         given = {"state_dict": weights} if weights else {}  # instead of what timm would fetch
         self.vit = timm.create_model(name, pretrained, num_classes=0, img_size=self.SIZE,
                                      pretrained_cfg_overlay=given)
+        self.vit.pretrained_cfg.pop("state_dict", None)  # timm keeps a second copy
         for stat, rgb in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             self.register_buffer(stat, torch.tensor(rgb)[:, None, None])
         self.eval().requires_grad_(False)
@@ -767,8 +767,8 @@ class KVCache(nn.Module):
 
     def update(self, index: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Write k, v (B, heads, T, d) at positions (T,) -> the first `length` keys and values."""
-        self.keys.index_copy_(2, index, k)
-        self.values.index_copy_(2, index, v)
+        self.keys[:, :, index] = k.type_as(self.keys)
+        self.values[:, :, index] = v.type_as(self.values)
         return self.keys[:, :, :length], self.values[:, :, :length]
 
 
@@ -823,13 +823,12 @@ class Llama(nn.Module):
 
     The inputs are class, global_0 .. global_M-1, patch_0 .. patch_N-2, M + N positions; position p
     predicts token p of global_0 .. global_M-1, patch_0 .. patch_N-1. Each kind of token has its own
-    embedding table and its own head. `classes` are the names of the classes.
+    embedding table and its own head. One that was loaded has the names of its classes in `classes`.
     """
 
     def __init__(self, cfg: LlamaConfig):
         super().__init__()
         self.cfg = cfg
-        self.classes = [str(i) for i in range(cfg.num_classes)]
         M, V, dim = cfg.num_global, cfg.codebook_size, cfg.dim
         self.class_embedding = nn.Embedding(cfg.num_classes + 1, dim)  # the last row: no class
         self.patch_embedding = nn.Embedding(V, dim)
@@ -839,6 +838,7 @@ class Llama(nn.Module):
             self.global_head = nn.Linear(dim, V, bias=False)
             self.global_positions = nn.Embedding(M, dim)  # of inputs 0 .. M-1
         self.token_dropout = nn.Dropout(cfg.token_dropout)
+        self.caches: list[KVCache] = []  # a plain list: no part of the model's state
         self.blocks = nn.ModuleList(LlamaBlock(cfg) for _ in range(cfg.layers))
         self.norm = nn.RMSNorm(dim, eps=1e-5)
         cos, sin = position_rotations(M, cfg.grid, dim // cfg.heads)
@@ -918,9 +918,7 @@ class Llama(nn.Module):
         labels, copies = class_ids, 1
         if cfg_scale != 1:
             labels, copies = torch.cat([class_ids, torch.full_like(class_ids, cfg.num_classes)]), 2
-        d = -(-cfg.dim // cfg.heads // 8) * 8  # channels of a head, padded as in attend
-        shape = len(labels), cfg.heads, total, d
-        caches = [KVCache(self.norm.weight, *shape) for _ in self.blocks]
+        caches = self.empty_caches(len(labels))
 
         # The class and all ids that are given are read at once, then one id at a time.
         end = max(0, M - 1) if released_sampling else M  # tokens before it: the global table
@@ -933,6 +931,17 @@ class Llama(nn.Module):
             ids = torch.cat([ids, token], dim=1)  # (B, p + 1)
             x, index = x.clone(), index[-1:] + 1  # the next step may reuse the memory of x
         return ids[:, :M], ids[:, M:]
+
+    def empty_caches(self, batch: int) -> list[KVCache]:
+        """One for each block. Those of the call before serve again if they fit, since CUDA graphs
+        must find them where they were; what is left in them is never looked at."""
+        cfg, like = self.cfg, self.norm.weight
+        d = -(-cfg.dim // cfg.heads // 8) * 8  # channels of a head, padded as in attend
+        shape = batch, cfg.heads, cfg.num_global + cfg.num_patches, d
+        old = self.caches[0].keys if self.caches else torch.empty(0)
+        if (old.shape, old.device, old.dtype) != (shape, like.device, like.dtype):
+            self.caches = [KVCache(like, *shape) for _ in self.blocks]
+        return self.caches
 
     def step(self, x: Tensor, index: Tensor, caches: list[KVCache], random: Tensor,
              cfg_scale: float, filters: tuple, is_global: bool, embed_global: bool):
@@ -1019,7 +1028,6 @@ def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor
 import argparse
 import dataclasses
 import difflib
-import functools
 import hashlib
 import importlib.util
 import inspect
@@ -1108,7 +1116,7 @@ def psnr(images: Tensor, recon: Tensor) -> Tensor:
 
 def rank() -> int:
     """Index of this process, 0 without torchrun."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return int(os.environ.get("RANK", 0))
 
 
 def world() -> int:
@@ -1151,6 +1159,7 @@ def set_up_device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
+        check(device.type in ("cuda", "mps", "cpu"), f"device {name} is not cuda, mps or cpu")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
@@ -1173,10 +1182,10 @@ def distribute(model: nn.Module) -> nn.Module:
     return model
 
 
-def use_compile(asked: bool | None, steps: int, device: torch.device) -> bool:
-    """Whether to compile: as asked, else on CUDA in runs that are long enough to gain by it."""
+def use_compile(asked: bool | None, preset: str, device: torch.device) -> bool:
+    """Whether to compile: as asked, else on CUDA, but not for the demo, which is soon done."""
     possible = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return possible and steps >= 10_000 if asked is None else asked
+    return possible and preset != "emoji" if asked is None else asked
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -1236,10 +1245,11 @@ def run(main) -> None:
 
 # ---- Flags -------------------------------------------------------------------
 
-MAY_BE_ZERO = {"dropout", "token_dropout", "class_dropout", "num_global", "k", "beta", "seed",
-               "warmup", "weight_decay", "lpips_weight", "gan_weight", "keep_every", "workers"}
+MAY_BE_ZERO = {"dropout", "token_dropout", "class_dropout", "num_global", "k", "beta", "lr_final",
+               "warmup", "weight_decay", "lpips_weight", "gan_weight", "keep_every", "workers",
+               "seed"}
 AT_MOST = {"dropout": 0.99, "token_dropout": 0.99, "class_dropout": 0.99, "ema": 0.999999,
-           "crop_range": 1.0}
+           "crop_range": 1.0, "seed": 2 ** 32 - 1}
 
 
 def check_numbers(settings):
@@ -1278,13 +1288,13 @@ class Parser(argparse.ArgumentParser):
         add("--dino-file", metavar="FILE", help="DINOv2 weights, .pth or .safetensors [the Hub's]")
         add("--device", help="cuda, mps or cpu [the best there is]")
         add("--compile", action=argparse.BooleanOptionalAction,
-            help="torch.compile, takes minutes [on CUDA in runs of 10,000 steps and more]")
+            help="torch.compile, takes minutes [on CUDA, but for the demo]")
 
     def add_preset(self, presets: list[str]) -> str:
         """Add --preset, on which the defaults of other flags depend -> its value."""
         self.add_argument("--preset", choices=presets, help="where to start from [emoji]")
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        early.add_argument("--preset", default="emoji")
+        early.add_argument("--preset", nargs="?", default="emoji")
         preset = early.parse_known_args()[0].preset
         return preset if preset in presets else "emoji"  # parse_args refuses others
 
@@ -1448,7 +1458,7 @@ def validation_pictures(train: Pictures) -> Pictures:
     return val
 
 
-@functools.lru_cache(2)
+@lru_cache(2)
 def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which an epoch goes through the data."""
     return np.random.default_rng((seed, epoch)).permutation(length)
@@ -1456,6 +1466,8 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
 
 def batch(step: int, length: int, batch_size: int, seed: int) -> list[tuple[int, int]]:
     """(epoch, index) of this process's share of a step; it depends on the arguments alone."""
+    check(batch_size % world() == 0, f"batch_size {batch_size} cannot be divided among {world()} "
+                                     "processes")
     share = batch_size // world()
     first = (step - 1) * batch_size + rank() * share
     places = (divmod(position, length) for position in range(first, first + share))
@@ -1464,11 +1476,12 @@ def batch(step: int, length: int, batch_size: int, seed: int) -> list[tuple[int,
 
 def picture_array(path: Path, count: int, size: int) -> np.ndarray:
     """A file of zeros (count, size, size, 3) uint8 on the disk, to be filled by all processes."""
+    raw = path.with_name(path.name + ".tmp")
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(path.with_suffix(".npy"), "w+", np.uint8, (count, size, size, 3))
+        np.lib.format.open_memmap(raw, "w+", np.uint8, (count, size, size, 3))
     barrier()
-    return np.lib.format.open_memmap(path.with_suffix(".npy"), "r+")
+    return np.lib.format.open_memmap(raw, "r+")
 
 
 def pack_pictures(path: Path, pictures: np.ndarray) -> None:
@@ -1477,7 +1490,7 @@ def pack_pictures(path: Path, pictures: np.ndarray) -> None:
     barrier()
     if rank() == 0:
         np.savez(path, pictures)
-        path.with_suffix(".npy").unlink()
+        path.with_name(path.name + ".tmp").unlink()
     barrier()
 
 
@@ -1488,8 +1501,8 @@ def learning_rate(step: int, recipe) -> float:
     if step <= recipe.warmup:
         return 1e-7 + step * (recipe.lr - 1e-7) / recipe.warmup
     progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return recipe.lr_final + (recipe.lr - recipe.lr_final) * cosine
+    last = min(recipe.lr, recipe.lr_final)
+    return last + (recipe.lr - last) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
@@ -1518,16 +1531,16 @@ class Log:
 
     def __init__(self, path: Path, steps: int, start: int):
         self.path, self.steps = path, steps
-        self.values, self.count, self.since = {}, 0, time.time()
+        self.values, self.last, self.since = {}, start, time.time()
         if rank() == 0 and path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(x for x in lines if json.loads(x)["step"] <= start))
+            whole = [x for x in lines if x.endswith("}\n")]  # not what a killed write left
+            path.write_text("".join(x for x in whole if json.loads(x)["step"] <= start))
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Figures of a step: scalars, of which the mean counts, and uses of codes (V,)."""
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach())
-        self.count += 1
 
     def write(self, step: int, batch_size: int) -> None:
         """A line of what was added since the last one, over all processes, and of the speed."""
@@ -1538,7 +1551,7 @@ class Log:
                 figures |= usage(name, total)
             else:
                 figures[name] = total.item() / len(values) / world()
-        speed = self.count / (time.time() - self.since)  # steps per second
+        speed = (step - self.last) / (time.time() - self.since)  # steps per second
         figures |= {"images/s": speed * batch_size, "eta_min": (self.steps - step) / speed / 60}
         self.line(step, figures)
 
@@ -1549,7 +1562,7 @@ class Log:
             print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}", flush=True)
             with open(self.path, "a") as f:
                 f.write(json.dumps({"step": step, **figures}) + "\n")
-        self.values, self.count, self.since = {}, 0, time.time()
+        self.values, self.last, self.since = {}, step, time.time()
 
 
 # ---- Checkpoints: plain tensors and values, loaded with weights_only=True ----
@@ -1583,27 +1596,25 @@ def save_run(out: Path, kind: str, step: int, cfg, recipe, parts: dict, **facts)
     barrier()
 
 
-def read_checkpoint(path: str | Path, kind: str) -> dict:
-    """A checkpoint, ours or a released one: "ema" holds weights under our names, "config" is a
-    dataclass, tensors are read when they are used.
+KINDS = {"tokenizer": (TokenizerConfig, HitaTokenizer, "train_tokenizer.py"),
+         "llama": (LlamaConfig, Llama, "train_ar.py")}
 
-    path: a file, or the name of a released model; kind: tokenizer or llama. HitaError if there is
-    none, if it would run code, or if it holds something else.
-    """
+
+def read_checkpoint(path: str | Path, kind: str) -> dict:
+    """A file or released model as a dictionary: "config" is a dataclass, "ema" holds weights under
+    our names. HitaError if there is none, if it would run code, or if it holds something else."""
+    Config, _, script = KINDS[kind]
     if str(path) in RELEASED and not Path(path).exists():
         path = released_file(str(path))
-    remedy = f"make one with python train_{'ar' if kind == 'llama' else kind}.py, or name a " \
-             "released one (python sample.py --list)"
+    remedy = f"make one with python {script}, or name a released one (python sample.py --list)"
     check(Path(path).is_file(), f"there is no {kind} checkpoint {path}; {remedy}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # released files hold flags
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if "kind" not in data:
-            weights = next((data[k] for k in ("ema", "model") if k in data), data)
-            data = {**data, **from_released(weights)}
-        config = {"tokenizer": TokenizerConfig, "llama": LlamaConfig}[data["kind"]]
-        if isinstance(data["config"], dict):
-            data["config"] = check_numbers(config(**data["config"]))
+            data |= from_released(next((data[k] for k in ("ema", "model") if k in data), data))
+        elif data["kind"] == kind:
+            data["config"] = check_numbers(Config(**data["config"]))
     except Exception as e:  # zip, pickle and I/O errors of many kinds, or wrong contents
         why = first_line(e) if isinstance(e, HitaError) else type(e).__name__
         raise HitaError(f"{path} is no checkpoint that can be read safely ({why}); {remedy}") from e
@@ -1620,21 +1631,27 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path)
         raise HitaError(f"{path} does not fit the settings: {why}") from e
 
 
+def load_model(path: str | Path, kind: str) -> HitaTokenizer | Llama:
+    """The EMA weights of a model, in eval mode on the CPU; made_from says what it was made from."""
+    data, (_, Model, _) = read_checkpoint(path, kind), KINDS[kind]
+    model = Model(data["config"])
+    load_weights(model, data["ema"], path)
+    model.made_from, model.classes = data["made_from"], data.get("classes")
+    return model.eval()
+
+
 def load_tokenizer(path: str | Path, dino: str | None = None) -> HitaTokenizer:
     """The EMA weights of a tokenizer, ours or a released one, in eval mode on the CPU.
 
     path: a file, or hita-v or hita-u. dino: a timm name or weights file of the DINOv2 that
     encoding needs (one built without ignores it). HitaError if a file is missing or does not fit.
     """
-    data = read_checkpoint(path, "tokenizer")
-    tokenizer = HitaTokenizer(data["config"])
-    load_weights(tokenizer, data["ema"], path)
-    tokenizer.made_from = data["made_from"]
+    tokenizer = load_model(path, "tokenizer")
     if dino is not None and tokenizer.cfg.uses_dino:
-        is_file = Path(dino).is_file()
-        name, file = (tokenizer.cfg.dino, dino) if is_file else (dino, None)
+        named = not Path(dino).is_file()
+        name, file = (dino, None) if named else (tokenizer.cfg.dino, str(dino))
         tokenizer.attach_dino(load_dino(name, file))
-    return tokenizer.eval()
+    return tokenizer
 
 
 def load_llama(path: str | Path) -> Llama:
@@ -1642,27 +1659,21 @@ def load_llama(path: str | Path) -> Llama:
 
     path: a file, or a name in RELEASED. HitaError if the file is missing or does not fit.
     """
-    data = read_checkpoint(path, "llama")
-    llama = Llama(data["config"])
-    load_weights(llama, data["ema"], path)
-    llama.made_from = data["made_from"]
-    if str(path) in RELEASED:
-        llama.made_from = {"tokenizer": str(path)[:6]}
+    llama = load_model(path, "llama")
     imagenet = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-    if data["config"].num_classes == len(imagenet):
-        llama.classes = imagenet
-    llama.classes = data.get("classes", llama.classes)
-    return llama.eval()
+    llama.classes = llama.classes or imagenet[:llama.cfg.num_classes]
+    if str(path) in RELEASED:
+        llama.made_from = {"tokenizer": str(path)[:6]}  # hita-v or hita-u
+    return llama
 
 
 def load_dino(name: str, file: str | None = None) -> DINOv2:
-    """A frozen DINOv2 with the weights of a file, without one from the Hub. HitaError if none."""
+    """A frozen DINOv2 with the weights of a file, or of the Hub. HitaError if there are none."""
+    load = partial(torch.load, map_location="cpu", weights_only=True)
+    if str(file).endswith(".safetensors"):
+        load = safetensors.torch.load_file
     try:
-        if file is None:
-            return DINOv2(name)
-        load = safetensors.torch.load_file if file.endswith(".safetensors") else functools.partial(
-            torch.load, map_location="cpu", weights_only=True)
-        return DINOv2(name, load(file))
+        return DINOv2(name, load(file) if file else None)
     except Exception as e:  # files, network, timm: many kinds
         raise HitaError(f"no DINOv2 {name} from {file or 'the Hub'} ({type(e).__name__}); give "
                         "its original file, dinov2_vitl14_reg4_pretrain.pth, as --dino-file") from e
@@ -1684,11 +1695,17 @@ def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str
     """The tokenizer that a Llama belongs to: of the flag, the recorded path and the file beside it
     the first whose weights have the recorded hash. HitaError if none has."""
     wanted = made_from.get("tokenizer_hash")
-    places = [flag] if flag and wanted is None else [flag, made_from.get("tokenizer"), beside]
-    places = list(dict.fromkeys(str(place) for place in places if place))
-    found = [path for path in places if path in RELEASED or Path(path).is_file()]
-    for path in found or places[:1]:
-        tokenizer = load_tokenizer(path)
+    exists = lambda place: place in RELEASED or Path(place).is_file()
+    check(not flag or exists(flag), f"there is no tokenizer checkpoint {flag}")
+    places = [flag] if flag and not wanted else [flag, made_from.get("tokenizer"), str(beside)]
+    found = [place for place in dict.fromkeys(places) if place and exists(place)]
+    for path in found or [str(beside)]:
+        try:
+            tokenizer = load_tokenizer(path)
+        except HitaError:
+            if len(found) > 1 and path != flag:  # something else is there now
+                continue
+            raise
         if wanted in (None, fingerprint(tokenizer)):
             return path, tokenizer
     raise HitaError(f"the Llama was trained on another tokenizer than {' and '.join(found)}, or on "
@@ -1708,13 +1725,18 @@ def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
                                  "--resume, or choose another directory with --out")
         return None
     if not args.resume and not newest.exists():
-        print(f"there is nothing to resume in {out}: a new run starts", flush=True)
+        if rank() == 0:
+            print(f"there is nothing to resume in {out}: a new run starts", flush=True)
         return None
-    check(not newest.exists() or path.samefile(newest) or not path.exists(),
+    check(not newest.exists() or not path.exists() or path.samefile(newest),
           f"{out} holds another run, or a later step, than {path}: choose another with --out")
     saved = read_checkpoint(path, kind)
-    check("optimizer" in saved, f"{path} holds weights only: start from them with --init-from")
-    return {**saved, "recipe": Recipe(**saved["recipe"]), "path": path}
+    try:
+        return {**saved, "recipe": Recipe(**saved["recipe"]), "path": path,
+                "pictures": saved["made_from"]["pictures"]}
+    except (KeyError, TypeError) as e:
+        raise HitaError(f"{path} is not the checkpoint of a run by this version: start from its "
+                        f"weights with --init-from {path}") from e
 
 
 MAY_DIFFER = {"dropout", "token_dropout", "class_dropout", "beta"}  # of the model, within a run
@@ -1723,8 +1745,7 @@ FIXED = {"seed", "batch_size", "gan_width", "copies"}  # of the recipe
 
 def check_resume(saved: dict, cfg, recipe, pictures: int) -> None:
     """Name settings that differ from the checkpoint's. HitaError for one that cannot change."""
-    count = saved["made_from"]["pictures"]
-    old = {**vars(saved["config"]), **vars(saved["recipe"]), "pictures": count}
+    old = {**vars(saved["config"]), **vars(saved["recipe"]), "pictures": saved["pictures"]}
     new = {**vars(cfg), **vars(recipe), "pictures": pictures}
     changed = {x: f"{x} is {new[x]} and was {old[x]}" for x in new if new[x] != old[x]}
     fixed = FIXED | {"pictures"} | vars(cfg).keys() - MAY_DIFFER
@@ -1759,12 +1780,12 @@ def restore(saved: dict | None, parts: dict) -> int:
 
 HUB = "yexiguafu/hita-gen"
 RELEASED = {"hita-v": "vanilla/tokenizer/hita-tok.pt", "hita-u": "ultra/tokenizer/hita-ultra.pt"}
-for folder, model, sizes in (
-        ("vanilla", "hita-v", "B-50 B-300 L-50 L-300 XL-50 XXL-50 2B-50"),
-        ("ultra", "hita-u", "B-50 B-250 L-50 L-250 XL-50 XL-100 XXL-50 XXL-100 2B-50 2B-100")):
-    for size, epochs in (name.split("-") for name in sizes.split()):
-        file = f"{folder}/GPT-{size}/GPT-{size}-{epochs}e.pt"
-        RELEASED[f"{model}-{size.lower()}-{epochs}e"] = file
+RELEASED |= {  # as hita-u-b-250e: ultra/GPT-B/GPT-B-250e.pt
+    f"{tokenizer}-{model.lower()}e": f"{folder}/GPT-{model.split('-')[0]}/GPT-{model}e.pt"
+    for tokenizer, folder, models in (
+        ("hita-v", "vanilla", "B-50 B-300 L-50 L-300 XL-50 XXL-50 2B-50"),
+        ("hita-u", "ultra", "B-50 B-250 L-50 L-250 XL-50 XL-100 XXL-50 XXL-100 2B-50 2B-100"))
+    for model in models.split()}
 
 
 def released_file(name: str) -> str:

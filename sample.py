@@ -20,7 +20,6 @@ numbers of a picture follow from (seed, class, its number): the pictures of --nu
 """
 
 import difflib
-import os
 import re
 import time
 from functools import partial
@@ -97,8 +96,6 @@ def parse_args():
     hita.check(not args.complete or args.classes, "--complete needs --class: one, or one for each")
     many = (args.complete or args.keep_globals) and args.num > CHUNK
     hita.check(not many, f"--num is {args.num}, with this use at most {CHUNK}")
-    hita.check(args.npz or int(os.environ.get("WORLD_SIZE", 1)) == 1,
-               "several processes are for --npz FILE; without it leave out torchrun")
     return args
 
 
@@ -107,6 +104,7 @@ def main():
     if args.list:
         return list_models()
     device = hita.set_up_device(args.device)
+    hita.check(args.npz or hita.world() == 1, "several processes are for --npz FILE only")
     if args.fd:
         return print_distance(args, device)
     uses = {"reconstruct": reconstruct, "style": transfer_style, "complete": complete,
@@ -188,19 +186,20 @@ def drawing(args, llama: hita.Llama):
                    released_sampling=args.released_sampling, progress=hita.rank() == 0)
 
 
-def decode(tokenizer: hita.HitaTokenizer, ids: tuple[Tensor, Tensor], native: bool) -> Tensor:
-    """Ids (B, M), (B, N) -> uint8 pictures (B, 3, S, S) on the CPU.
-
-    Of 336 px S becomes 256 unless native, without antialiasing, as in the released protocol.
-    """
+def decode(tokenizer: hita.HitaTokenizer, global_ids: Tensor, patch_ids: Tensor) -> Tensor:
+    """tokenizer.decode, a few pictures at a time -> (B, 3, S, S) float32."""
     pictures = []
-    for part in zip(*(x.split(DECODED) for x in ids)):
-        with torch.autocast(ids[0].device.type, torch.bfloat16, enabled=ids[0].is_cuda):
-            x = tokenizer.decode(*part).float()
-        if x.shape[-1] == 336 and not native:
-            x = F.interpolate(x, 256, mode="bicubic")
-        pictures.append(hita.to_uint8(x).cpu())
+    for ids in zip(global_ids.split(DECODED), patch_ids.split(DECODED)):
+        with torch.autocast(global_ids.device.type, torch.bfloat16, enabled=global_ids.is_cuda):
+            pictures.append(tokenizer.decode(*ids).float())
     return torch.cat(pictures)
+
+
+def published_size(images: Tensor, native: bool) -> Tensor:
+    """336 px -> 256, unless native: without antialiasing, as in the released protocol."""
+    if images.shape[-1] != 336 or native:
+        return images
+    return F.interpolate(images, 256, mode="bicubic")
 
 
 def generate(args, device: torch.device, image: Path) -> None:
@@ -227,7 +226,8 @@ def generate(args, device: torch.device, image: Path) -> None:
     for first in range(hita.rank() * CHUNK, len(class_ids), hita.world() * CHUNK):
         chunk = slice(first, first + CHUNK)
         ids = draw(class_ids[chunk].to(device), random=random[chunk].to(device))
-        array[chunk] = decode(tokenizer, ids, args.native).permute(0, 2, 3, 1).numpy()
+        images = published_size(decode(tokenizer, *ids), args.native)
+        array[chunk] = hita.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
     if args.npz:
         hita.pack_pictures(Path(args.npz), array)
     else:
@@ -272,17 +272,11 @@ def read(paths: list[str], tokenizer: hita.HitaTokenizer, device: torch.device) 
     return torch.cat([hita.load_picture(p, tokenizer.cfg.image_size) for p in paths]).to(device)
 
 
-def render(tokenizer: hita.HitaTokenizer, global_ids: Tensor, patch_ids: Tensor) -> Tensor:
-    """tokenizer.decode, a few pictures at a time."""
-    parts = zip(global_ids.split(DECODED), patch_ids.split(DECODED))
-    return torch.cat([tokenizer.decode(*ids) for ids in parts])
-
-
 def reconstruct(args, device: torch.device) -> tuple[Tensor, int]:
     """--reconstruct: original, reconstruction; original, reconstruction; ..."""
     tokenizer = load_encoder(args, device)
     images = read(args.reconstruct, tokenizer, device)
-    recon = render(tokenizer, *tokenizer.encode(images))
+    recon = decode(tokenizer, *tokenizer.encode(images))
     for path, value in zip(args.reconstruct, hita.psnr(images, recon)):
         print(f"{path}: PSNR {value:.2f} dB")
     return torch.stack([images, recon], dim=1).flatten(0, 1), 2
@@ -296,7 +290,7 @@ def transfer_style(args, device: torch.device) -> tuple[Tensor, int]:
     global_ids, patch_ids = tokenizer.encode(styles)[0], tokenizer.encode(contents)[1]
     rows = [torch.ones_like(styles[:1]), styles]  # a white corner
     for content, ids in zip(contents, patch_ids):
-        mixed = render(tokenizer, global_ids, ids.expand(len(styles), -1))
+        mixed = decode(tokenizer, global_ids, ids.expand(len(styles), -1))
         rows += [content[None], mixed]
     return torch.cat(rows), 1 + len(styles)
 
@@ -305,7 +299,8 @@ def complete(args, device: torch.device) -> tuple[Tensor, int]:
     """--complete: in a row a picture, what is given of it, and --num completions.
 
     Of R given cells the first R - k patch tokens are kept: these and the globals decide how the
-    given cells look (see Fusion). The k tokens after them describe cells below the line.
+    given cells look (see Fusion). The k tokens after them describe cells below the line. With
+    --globals sampled a whole picture is drawn first, of which the globals are used.
     """
     tokenizer, llama, chosen = load(args, device)
     hita.check(len(chosen) in (1, len(args.complete)), f"{len(chosen)} classes for "
@@ -325,7 +320,7 @@ def complete(args, device: torch.device) -> tuple[Tensor, int]:
         if args.globals == "sampled" and cfg.num_global:
             global_ids, _ = draw(class_ids)
         ids = draw(class_ids, given=torch.cat([global_ids, patch_ids[:, :kept]], dim=1))
-        row = torch.cat([images[i:i + 1], given[i:i + 1], render(tokenizer, *ids)])
+        row = torch.cat([images[i:i + 1], given[i:i + 1], decode(tokenizer, *ids)])
         quality = hita.psnr(row[:1, :, :line], row[2:, :, :line]).mean()
         print(f"{path}: PSNR of the given part {quality:.2f} dB, global tokens: {args.globals}")
 
@@ -346,9 +341,10 @@ def keep_globals(args, device: torch.device) -> tuple[Tensor, int]:
     global_ids, patch_ids = draw(class_ids)
     same = global_ids[:1].expand(args.num, -1)
     _, others = draw(class_ids, given=same)
-    upper = decode(tokenizer, (same, others), args.native)
-    lower = decode(tokenizer, (global_ids, patch_ids[:1].expand(args.num, -1)), args.native)
-    return torch.cat([upper, lower]), args.num
+    others[0] = patch_ids[0]  # on a GPU rounding may have changed it
+    upper = decode(tokenizer, same, others)
+    lower = decode(tokenizer, global_ids, patch_ids[:1].expand(args.num, -1))
+    return published_size(torch.cat([upper, lower]), args.native), args.num
 
 
 # ---- Fréchet distance ---------------------------------------------------------

@@ -839,8 +839,12 @@ def test_a_llama_finds_its_tokenizer_by_the_hash_of_the_weights(tmp_path):
     assert find(None, tmp_path / "moved/tokenizer.pt")[0] == str(tmp_path / "moved/tokenizer.pt")
     with pytest.raises(hita.HitaError, match="another tokenizer.*train_ar.py"):
         find(None, wrong)
-    with pytest.raises(hita.HitaError, match="no tokenizer checkpoint"):
-        find(None, tmp_path / "nowhere.pt")
+    for flag in ("typo.pt", None):
+        with pytest.raises(hita.HitaError, match="no tokenizer checkpoint"):
+            find(flag, tmp_path / "nowhere.pt")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/tokenizer.pt").touch()  # at the recorded place there is something else now
+    assert find(None, tmp_path / "moved/tokenizer.pt")[0] == str(tmp_path / "moved/tokenizer.pt")
 
 
 # ---- released files ----------------------------------------------------------
@@ -954,7 +958,11 @@ def test_released_files_load_strictly_and_with_their_ema_weights(small_released,
             torch.save({"ema": wrong}, path)
             with pytest.raises(hita.HitaError, match="x.pt"):
                 load(path)
-    assert len(hita.load_llama("hita-u-b-250e").classes) == 1000
+    assert hita.load_llama("hita-u-b-250e").classes[207] == "golden retriever"
+    folders = [f"n{i:08d}" for i in range(1000)]  # ImageNet's: the embeddings stay
+    llama = hita.Llama(small_released[1].cfg)
+    train_ar.start_from(llama, "hita-u-b-250e", folders)
+    assert torch.equal(llama.class_embedding.weight, small_released[1].class_embedding.weight)
 
 
 def no_network(*args, **kwargs):
@@ -1093,11 +1101,34 @@ def test_batches_go_through_every_epoch_once_and_can_start_anywhere():
     assert hita.batch(4, 10, 4, seed=3) == found[12:16]
 
 
+def test_a_batch_must_be_divisible_among_the_processes(monkeypatch):
+    monkeypatch.setattr(hita, "world", lambda: 2)
+    assert len(hita.batch(1, 10, 4, seed=3)) == 2
+    with pytest.raises(hita.HitaError, match="batch_size 5"):
+        hita.batch(1, 10, 5, seed=3)
+
+
+def test_log_counts_steps_however_often_something_is_added(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_text('{"step": 1, "a": 0}\n{"step": 9, "a": 0}\n{"step": 10, ')
+    clock = iter([0.0, 2.0, 3.0])
+    monkeypatch.setattr(hita.time, "time", lambda: next(clock))
+    log = hita.Log(tmp_path / "x.jsonl", steps=5, start=1)
+    for value in (1.0, 2.0, 3.0, 4.0):  # two a step
+        log.add({"loss": torch.tensor(value), "ids": torch.tensor([value, 0.0])})
+    log.write(3, batch_size=10)
+    lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 3]  # later ones and a broken one are gone
+    assert lines[1]["loss"] == 2.5 and lines[1]["ids_use"] == 0.5
+    assert lines[1]["images/s"] == pytest.approx(10) and lines[1]["eta_min"] == pytest.approx(2 / 60)
+
+
 def test_learning_rate():
     recipe = argparse.Namespace(steps=100, warmup=10, lr=1e-3, lr_final=1e-4)
     rate = lambda step: hita.learning_rate(step, recipe)
     assert rate(5) == pytest.approx(1e-7 + 0.5 * (1e-3 - 1e-7)) and rate(10) == pytest.approx(1e-3)
     assert rate(55) == pytest.approx(5.5e-4) and rate(100) == pytest.approx(1e-4)
+    recipe.lr = 1e-5  # lowered on resume, without a thought of lr_final
+    assert rate(55) == rate(100) == pytest.approx(1e-5)
 
 
 def test_ema_averages_parameters_and_copies_buffers():
@@ -1213,6 +1244,9 @@ def test_scripts_one_after_another_and_two_processes_equal_one(tmp_path):
 @pytest.mark.parametrize("command, message", [
     ("train_tokenizer.py --preset hita-w", "hita-w"), ("train_tokenizer.py --k 99", "num_global"),
     ("train_tokenizer.py --codebok-size 5", "--codebook-size"), ("train_ar.py --heads 5", "heads"),
+    ("train_tokenizer.py --heads 0", "heads"), ("train_ar.py --heads 0", "heads"),
+    ("train_tokenizer.py --preset", "--preset"), ("train_tokenizer.py --npz x", "--eval"),
+    ("train_tokenizer.py --device meta", "meta"), ("train_ar.py --seed 99999999999", "seed"),
     ("train_tokenizer.py --k x", "x"), ("train_tokenizer.py --steps 0", "steps"),
     ("train_tokenizer.py --image-size 60", "multiple"), ("train_tokenizer.py --lr nan", "lr"),
     ("train_tokenizer.py --data nowhere", "nowhere"), ("train_tokenizer.py --ema 1", "ema"),
@@ -1322,7 +1356,7 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_overwritten(script, tm
         with pytest.raises(hita.HitaError, match=message):
             script(*start, *args)
     assert held == {p: p.read_bytes() for p in Path("out").iterdir()}
-    with pytest.raises(hita.HitaError, match="weights only.*--init-from"):
+    with pytest.raises(hita.HitaError, match="not the checkpoint of a run.*--init-from"):
         script("train_tokenizer.py", "--out", "other", "--resume", "weights/tokenizer.pt")
     script(*start, "--resume", "--steps", 3, "--lr", 1e-5)
     assert "steps is 3 and was 2; lr is 1e-05 and was 0.001" in capsys.readouterr().out
@@ -1428,10 +1462,11 @@ def test_a_released_model_is_fetched_without_its_dino_and_shown_at_256_px(small_
     tokenizer, found = small_released[0], (torch.randint(16384, (3, 128)),
                                            torch.randint(16384, (3, 441)))
     native = tokenizer.decode(*found)
-    near = lambda pixels, x: (pixels - (x.clamp(-1, 1) + 1) * 127.5).abs().max() <= 0.51
-    assert near(sample.decode(tokenizer, found, native=True), native)
-    expected = F.interpolate(native, 256, mode="bicubic", antialias=False, align_corners=False)
-    assert near(sample.decode(tokenizer, found, native=False), expected)
+    images = sample.decode(tokenizer, *found)
+    assert torch.allclose(images, native, atol=1e-5)
+    assert torch.equal(sample.published_size(images, native=True), images)
+    expected = F.interpolate(images, 256, mode="bicubic", antialias=False, align_corners=False)
+    assert torch.equal(sample.published_size(images, native=False), expected)
 
 
 @pytest.fixture
@@ -1494,8 +1529,8 @@ def test_a_completion_keeps_what_is_given(shown, source, monkeypatch):
 
 def test_kept_globals(shown, monkeypatch):
     seen, true = [], sample.decode
-    monkeypatch.setattr(sample, "decode", lambda tokenizer, found, native: (
-        seen.extend(found), true(tokenizer, found, native))[1])
+    monkeypatch.setattr(sample, "decode", lambda tokenizer, *found: (
+        seen.extend(found), true(tokenizer, *found))[1])
     pictures, columns = shown("--keep-globals", "--class", "2", "--num", 4)
     same, patches, globals_, same_patches = seen
     assert columns == 4 and torch.equal(pictures[0], pictures[4])  # the sample itself

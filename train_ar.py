@@ -80,15 +80,18 @@ def main():
                f"be divided among {hita.world()} processes in {recipe.accumulate} parts; change "
                "--batch-size or --accumulate")
     out = Path(args.out)
-    made_from = saved["made_from"] if saved else {}
-    path, tokenizer = hita.find_tokenizer(made_from, args.tokenizer, out / "tokenizer.pt")
-    made_from = hita.made_from(args, made_from or tokenizer.made_from)
+    earlier = saved["made_from"] if saved else {}
+    beside = (saved["path"].parent if saved else out) / "tokenizer.pt"
+    path, tokenizer = hita.find_tokenizer(earlier, args.tokenizer, beside)
+    made_from = hita.made_from(args, earlier or tokenizer.made_from)
     root = made_from["data"] or hita.embedded_data()
     train = hita.Pictures(root, "train", tokenizer.cfg.image_size, False, recipe.crop_range,
                           recipe.seed)
     val = hita.validation_pictures(train)
-    made_from |= {"pictures": len(train), "tokenizer": path if path in hita.RELEASED else
-                  str(Path(path).resolve()), "tokenizer_hash": hita.fingerprint(tokenizer)}
+    made_from |= {
+        "pictures": len(train), "preset": args.preset or earlier.get("preset", preset),
+        "tokenizer": path if path in hita.RELEASED else str(Path(path).resolve()),
+        "tokenizer_hash": hita.fingerprint(tokenizer)}
     same = {name: getattr(tokenizer.cfg, name) for name in OF_THE_DATA[1:]}
     cfg = dataclasses.replace(cfg, num_classes=len(train.classes), **same)
     if saved:
@@ -103,12 +106,12 @@ def main():
     # ---- all pictures become ids
     out.mkdir(parents=True, exist_ok=True)
     if tokenizer.cfg.uses_dino:
-        dino = hita.load_dino(tokenizer.cfg.dino, made_from["dino_file"])
-        tokenizer.attach_dino(dino)
+        tokenizer.attach_dino(hita.load_dino(tokenizer.cfg.dino, made_from["dino_file"]))
     tokenizer.to(device, memory_format=torch.channels_last)
     tokens, val_tokens = (
         token_cache(out / f"tokens-{name}.npy", tokenizer, data, copies, recipe.workers)
         for name, data, copies in (("train", train, recipe.copies), ("val", val, 1)))
+    tokenizer.attach_dino(None)  # it has done its work
 
     # ---- optimizer; what is saved is what has a state
     decayed = [p for p in llama.parameters() if p.dim() >= 2]
@@ -119,7 +122,7 @@ def main():
     parts = {"model": llama, "ema": ema, "optimizer": optimizer}
     start = hita.restore(saved, parts)
     losses = hita.llama_losses
-    if hita.use_compile(args.compile, recipe.steps, device):
+    if hita.use_compile(args.compile, made_from["preset"], device):
         losses = torch.compile(losses)
         for block in llama.blocks:  # one by one: they are alike, so this compiles once for all
             block.compile()
@@ -131,7 +134,8 @@ def main():
     facts = {"classes": train.classes, "made_from": made_from}
     if hita.rank() == 0:
         print(f"llama of {sum(p.numel() for p in llama.parameters()) / 1e6:.1f}M parameters, "
-              f"{len(tokens)} rows of ids, {device} x {hita.world()}\n{cfg}\n{recipe}", flush=True)
+              f"{len(tokens)} rows of ids of {path}, {device} x {hita.world()}\n{cfg}\n{recipe}",
+              flush=True)
     for step in range(start + 1, recipe.steps + 1):
         items = hita.batch(step, len(tokens), recipe.batch_size, recipe.seed)
         rows = to_device(tokens[[index for _, index in items]], device)  # (B, 1 + M + N)
@@ -160,7 +164,8 @@ def main():
         if due or stopping or (recipe.keep_every and step % recipe.keep_every == 0):
             hita.save_run(out, "llama", step, cfg, recipe, parts, **facts)
         if stopping:
-            print(f"stopped after step {step}: continue with --resume", flush=True)
+            if hita.rank() == 0:
+                print(f"stopped after step {step}: continue with --resume", flush=True)
             break
         if due:
             log.line(step, evaluate(ema, val_tokens, device))
@@ -178,16 +183,16 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, 
     """
     note, cfg = path.with_suffix(".txt"), tokenizer.cfg
     device = next(tokenizer.parameters()).device
-    models = [tokenizer] + [tokenizer.dino] * cfg.uses_dino
-    source = hita.fingerprint(*models, data.signature(), copies)
-    shape = copies * len(data), 1 + cfg.num_global + cfg.grid ** 2
-    if hita.rank() == 0 and not (known(path, shape) and note.exists()
-                                 and note.read_text() == source):
-        note.unlink(missing_ok=True)
-        largest = max(cfg.codebook_size, len(data.classes) + 1)
-        dtype = np.uint16 if largest <= 65536 else np.int32
-        np.lib.format.open_memmap(path, "w+", dtype, shape)
-        note.write_text(source)
+    if hita.rank() == 0:
+        models = [tokenizer, tokenizer.dino] if cfg.uses_dino else [tokenizer]
+        source = hita.fingerprint(*models, data.signature(), copies)
+        shape = copies * len(data), 1 + cfg.num_global + cfg.grid ** 2
+        if not (known(path, shape) and note.exists() and note.read_text() == source):
+            note.unlink(missing_ok=True)
+            largest = max(cfg.codebook_size, len(data.classes) + 1)
+            dtype = np.uint16 if largest <= 65536 else np.int32
+            np.lib.format.open_memmap(path, "w+", dtype, shape)
+            note.write_text(source)
     hita.barrier()
 
     # the processes take turns, 64 rows each, in float32; row = version * len(data) + index
@@ -215,7 +220,7 @@ def known(path: Path, shape: tuple[int, int]) -> bool:
     """Whether a file is a cache of this shape."""
     try:
         return np.load(path, mmap_mode="r").shape == shape
-    except (OSError, ValueError):  # missing or damaged
+    except (OSError, ValueError, EOFError):  # missing or damaged
         return False
 
 

@@ -17,7 +17,6 @@ the first halves the resolution.
 
 import copy
 import json
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,6 +76,7 @@ def main():
     parser.add_settings(hita.TOKENIZERS[preset])
     parser.add_settings(RECIPES[preset])
     args = parser.parse_args()
+    hita.check(not args.npz or args.eval is not None, "--npz is for --eval")
     if args.eval is not None:
         return evaluate_checkpoint(args)
     saved = hita.find_run(args, "tokenizer", Training)
@@ -92,11 +92,12 @@ def main():
     # ---- data and models, the same in every process
     device = hita.set_up_device(args.device)
     torch.backends.cudnn.benchmark = True
-    made_from = hita.made_from(args, saved["made_from"] if saved else {})
+    earlier = saved["made_from"] if saved else {}
+    made_from = hita.made_from(args, earlier)
     train = hita.Pictures(made_from["data"] or hita.embedded_data(), "train", cfg.image_size,
                           True, recipe.crop_range, recipe.seed)
     val = hita.validation_pictures(train)
-    made_from["pictures"] = len(train)
+    made_from |= {"pictures": len(train), "preset": args.preset or earlier.get("preset", preset)}
     if saved:
         hita.check_resume(saved, cfg, recipe, len(train))
     torch.manual_seed(recipe.seed)
@@ -120,7 +121,7 @@ def main():
     if recipe.recompute:
         for level in (*tokenizer.encoder.levels, *tokenizer.decoder.levels):
             level.forward = partial(checkpoint, level.forward, use_reentrant=False)
-    if hita.use_compile(args.compile, recipe.steps, device):
+    if hita.use_compile(args.compile, made_from["preset"], device):
         compile_parts(tokenizer, discriminator, perceptual)
     model, judge = hita.distribute(tokenizer), hita.distribute(discriminator)
     tokenizer.train()
@@ -177,7 +178,8 @@ def main():
         if due or stopping or (recipe.keep_every and step % recipe.keep_every == 0):
             hita.save_run(out, "tokenizer", step, cfg, recipe, parts, made_from=made_from)
         if stopping:
-            print(f"stopped after step {step}: continue with --resume", flush=True)
+            if hita.rank() == 0:
+                print(f"stopped after step {step}: continue with --resume", flush=True)
             break
         if due:
             log.line(step, evaluate(ema, val, out / f"tokenizer-{step:06d}.png", recipe.workers))
@@ -269,9 +271,11 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
     for name, hits in counts.items():
         figures |= hita.usage(name, hita.all_sum(hits))
     if hita.rank() == 0:
-        some = torch.stack([data[0, i * len(data) // 24][0] for i in range(24)]).to(device)
-        pairs = torch.stack([some, tokenizer.decode(*tokenizer.encode(some))], dim=1)
-        hita.picture_grid(pairs.flatten(0, 1), columns=12).save(picture)
+        shown = []
+        for i in range(24):  # one by one, since large pictures need much memory
+            image = data[0, i * len(data) // 24][0][None].to(device)
+            shown += [image, tokenizer.decode(*tokenizer.encode(image))]
+        hita.picture_grid(torch.cat(shown), columns=12).save(picture)
     return figures
 
 
@@ -285,9 +289,9 @@ def judged(images: Tensor, size: int) -> Tensor:
 
 def evaluate_checkpoint(args) -> None:
     """--eval: print all figures of a tokenizer and add them to eval.jsonl in the run directory."""
-    hita.check(int(os.environ.get("WORLD_SIZE", 1)) == 1, "--eval works without torchrun")
     path, out = args.eval or f"{args.out}/tokenizer.pt", Path(args.out)
     device, workers = hita.set_up_device(args.device), getattr(args, "workers", 0)
+    hita.check(hita.world() == 1, "--eval works in one process: leave out torchrun")
     tokenizer = hita.load_tokenizer(path).to(device, memory_format=torch.channels_last)
     made_from, cfg = hita.made_from(args, tokenizer.made_from), tokenizer.cfg
     if cfg.uses_dino:
