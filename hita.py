@@ -193,10 +193,9 @@ class Level(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, blocks: int, attention: bool, resample: nn.Module):
         super().__init__()
-        self.res, self.attn = nn.ModuleList(), nn.ModuleList()
-        for i in range(blocks):
-            self.res.append(ResBlock(c_in if i == 0 else c_out, c_out))
-            self.attn.append(AttnBlock(c_out) if attention else nn.Identity())
+        widths, attn = [c_in] + [c_out] * blocks, partial(AttnBlock, c_out)
+        self.res = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:]))
+        self.attn = nn.ModuleList(attn() if attention else nn.Identity() for _ in range(blocks))
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -307,8 +306,9 @@ class DINOv2(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.vit.forward_features(self.preprocess(images))  # (B, 1 + 4 + 256, dim)
+        # the four registers are scratch memory of the ViT and say nothing
         cls, patches = tokens[:, :1], tokens[:, self.vit.num_prefix_tokens:]
-        return torch.cat([cls, patches], dim=1)  # (B, 257, dim): registers are dropped
+        return torch.cat([cls, patches], dim=1)  # (B, 257, dim)
 
     def train(self, mode: bool = True) -> DINOv2:
         """Frozen: stays in eval mode."""
@@ -340,6 +340,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         q, k, v = self.q(x), self.k(x), self.v(x)  # (B, T, D) each
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))  # (B, heads, T, d)
+        # with is_causal instead of a mask fast kernels can be used
         x = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=self.causal and mask is None,
             dropout_p=dropout if self.causal else 0.0)
@@ -517,6 +518,7 @@ class Fusion(nn.Module):
         x = self.norm(torch.cat([globals_, patches], dim=1))  # (B, M + N, D)
         for layer in self.layers:
             x = layer(x)
+        # the window of N states that starts k positions before the first patch
         first = M - self.k
         return x[:, first:first + N]  # (B, N, D)
 
@@ -531,7 +533,8 @@ class Fusion(nn.Module):
         positions = resize_positions(self.positions, side, side)  # (1, side^2, D)
         masks = (self.mask_token + positions).expand(B, -1, -1)  # (B, side^2, D)
         T = M + side ** 2
-        sees = torch.ones(T, T, dtype=torch.bool, device=globals_.device).tril()  # (query, key)
+        # row by row which keys a query sees
+        sees = torch.ones(T, T, dtype=torch.bool, device=globals_.device).tril()
         sees[M:] = True
         x = self.vfm_norm(torch.cat([globals_, masks], dim=1))  # (B, M + side^2, D)
         for layer in self.layers:
@@ -567,6 +570,7 @@ class HitaTokenizer(nn.Module):
         self.patch_down = nn.Linear(D, cfg.patch_code_dim)
         self.patch_quantizer = Quantizer(V, cfg.patch_code_dim, cfg.beta)
         self.patch_up = nn.Linear(cfg.patch_code_dim, D)
+        # without global tokens a plain VQGAN remains, without any transformer
         if cfg.num_global:
             self.extractor = QueryExtractor(cfg)
             self.global_down = nn.Linear(D, cfg.global_code_dim)
@@ -630,6 +634,7 @@ class HitaTokenizer(nn.Module):
         check(global_ids.shape == (B, M), f"global ids have shape {tuple(global_ids.shape)}, "
                                           f"this tokenizer needs ({B}, {M})")
         check(h * w == N, f"{N} patch ids do not fill a grid of {h} x {w}")
+        # codes are looked up, so neither encoder nor DINOv2 is needed
         global_codes = self.global_quantizer.lookup(global_ids) if M else None
         return self.render(global_codes, self.patch_quantizer.lookup(patch_ids), (h, w))
 
@@ -703,6 +708,8 @@ class PatchDiscriminator(nn.Module):
             conv = nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False)
             layers += [conv, nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
+
+        # small weights, as in pix2pix
         for m in self.main:
             if isinstance(m, nn.Conv2d):
                 nn.init.normal_(m.weight, 0.0, 0.02)
@@ -741,6 +748,7 @@ def position_rotations(num_global: int, grid: int, head_dim: int) -> tuple[Tenso
     rows, columns = angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)
     cells = torch.cat([rows, columns], dim=1)  # (N, pairs)
 
+    # 0 .. M-1, then M, then the patches
     still, vanish = torch.ones(num_global, pairs), torch.zeros(1, pairs)
     cos = torch.cat([still, vanish, cells.cos()])  # (M + 1 + N, pairs)
     sin = torch.cat([0 * still, vanish, cells.sin()])
@@ -789,7 +797,8 @@ class LlamaBlock(nn.Module):
         """where: positions, cache and mask, see attend."""
         x = x + self.dropout(self.attend(self.norm1(x), *where))
         y = self.norm2(x)
-        return x + self.dropout(self.w2(F.silu(self.w1(y)) * self.w3(y)))
+        y = F.silu(self.w1(y)) * self.w3(y)  # (B, T, hidden)
+        return x + self.dropout(self.w2(y))
 
     def attend(self, x: Tensor, shift: Tensor, cos: Tensor, sin: Tensor, index: Tensor,
                cache: KVCache | None, visible: Tensor | None) -> Tensor:
@@ -830,7 +839,8 @@ class Llama(nn.Module):
         super().__init__()
         self.cfg = cfg
         M, V, dim = cfg.num_global, cfg.codebook_size, cfg.dim
-        self.class_embedding = nn.Embedding(cfg.num_classes + 1, dim)  # the last row: no class
+        # one row more than classes: the last means "no class"
+        self.class_embedding = nn.Embedding(cfg.num_classes + 1, dim)
         self.patch_embedding = nn.Embedding(V, dim)
         self.patch_head = nn.Linear(dim, V, bias=False)
         if M:
@@ -847,8 +857,9 @@ class Llama(nn.Module):
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(m.weight, std=0.02)
+        # heads of zero: at first all ids are equally likely
         for head in self.heads():
-            nn.init.zeros_(head.weight)  # at first all ids are equally likely
+            nn.init.zeros_(head.weight)
 
     def heads(self) -> list[nn.Linear]:
         """The output layers: global (if there are global tokens) and patch."""
@@ -877,10 +888,11 @@ class Llama(nn.Module):
                 patch_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Class ids (B,), global ids (B, M), patch ids (B, N) -> logits (B, M, V) and (B, N, V).
 
-        In training mode class labels are dropped with probability class_dropout, so that the model
-        learns to do without, too. With M = 0 the global logits are empty.
+        In training mode class labels are dropped with probability class_dropout. With M = 0 the
+        global logits are empty.
         """
         M = self.cfg.num_global
+        # guidance needs to know what the model says without the class
         if self.training:
             drop = torch.rand(len(class_ids), device=class_ids.device) < self.cfg.class_dropout
             class_ids = class_ids.masked_fill(drop, self.cfg.num_classes)
@@ -976,17 +988,20 @@ def random_numbers(class_ids: Tensor, length: int, seed: int = 0) -> Tensor:
     """
     rows, count = [], Counter()
     for c in class_ids.tolist():
-        rows.append(np.random.default_rng((seed, c, count[c])).random(length, dtype=np.float32))
+        generator = np.random.default_rng((seed, c, count[c]))
+        rows.append(generator.random(length, dtype=np.float32))
         count[c] += 1
     return torch.from_numpy(np.array(rows)).to(class_ids.device)
 
 
 def draw(probs: Tensor, random: Tensor) -> Tensor:
     """Probabilities (B, V), uniform numbers (B, 1) -> ids (B, 1): inverts the cumulative sum."""
-    cumulative = probs.cumsum(dim=-1)
-    cumulative = cumulative.masked_fill(probs == 0, 0.0)  # never above the target: never drawn
-    target = random * cumulative.amax(dim=-1, keepdim=True)  # the sum is 1 but for rounding
-    return (cumulative > target).int().argmax(dim=-1, keepdim=True)  # the first above
+    # an id of probability 0 stays below every target and is never drawn
+    cumulative = probs.cumsum(dim=-1).masked_fill(probs == 0, 0.0)
+    # the sum is 1 but for rounding
+    target = random * cumulative.amax(dim=-1, keepdim=True)
+    # argmax gives the first that is above
+    return (cumulative > target).int().argmax(dim=-1, keepdim=True)
 
 
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
@@ -1003,7 +1018,8 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(dim=-1)
-        beyond = probs.cumsum(dim=-1) - probs > top_p  # those before it exceed p
+        # without those that come after p has been exceeded; the one that exceeds it stays
+        beyond = probs.cumsum(dim=-1) - probs > top_p
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
     return logits
 
@@ -1190,7 +1206,8 @@ def use_compile(asked: bool | None, preset: str, device: torch.device) -> bool:
 
 def seed_step(seed: int, step: int) -> None:
     """Seed torch from (seed, step, process): no random state has to be saved or restored."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank())).generate_state(1)[0]))
+    state = np.random.SeedSequence((seed, step, rank())).generate_state(1)
+    torch.manual_seed(int(state[0]))
 
 
 class Stop:
@@ -1435,6 +1452,7 @@ class Pictures(torchvision.datasets.ImageFolder):
                 return torch.zeros(3, self.size, self.size), -1
         else:
             raise HitaError(f"none of the {len(self)} pictures in {self.root} can be read")
+        # augmentation depends on nothing but these three numbers
         random = self.augment or epoch > 1
         rng = np.random.default_rng((self.seed, epoch, index)) if random else None
         pixels = crop_square(image, self.size, rng, self.crop_range)
@@ -1470,8 +1488,12 @@ def batch(step: int, length: int, batch_size: int, seed: int) -> list[tuple[int,
                                      "processes")
     share = batch_size // world()
     first = (step - 1) * batch_size + rank() * share
-    places = (divmod(position, length) for position in range(first, first + share))
-    return [(epoch, int(epoch_order(length, seed, epoch)[place])) for epoch, place in places]
+    items = []
+    for position in range(first, first + share):
+        epoch, place = divmod(position, length)
+        index = epoch_order(length, seed, epoch)[place]
+        items.append((epoch, int(index)))
+    return items
 
 
 def picture_array(path: Path, count: int, size: int) -> np.ndarray:
@@ -1546,6 +1568,7 @@ class Log:
         """A line of what was added since the last one, over all processes, and of the speed."""
         figures = {}
         for name, values in self.values.items():
+            # the only place where the device is waited for
             total = all_sum(torch.stack(values).float().sum(dim=0))
             if total.dim():
                 figures |= usage(name, total)
@@ -1577,6 +1600,7 @@ def save_checkpoint(path: Path, data: dict) -> None:
     try:
         with open(temporary, "wb") as f:
             torch.save(data, f)
+            f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
@@ -1612,11 +1636,12 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):  # released files hold flags
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if "kind" not in data:
-            data |= from_released(next((data[k] for k in ("ema", "model") if k in data), data))
+            weights = data.get("ema") or data.get("model") or data
+            data |= from_released(weights)
         elif data["kind"] == kind:
             data["config"] = check_numbers(Config(**data["config"]))
     except Exception as e:  # zip, pickle and I/O errors of many kinds, or wrong contents
-        why = first_line(e) if isinstance(e, HitaError) else type(e).__name__
+        why = first_line(e) if isinstance(e, (HitaError, TypeError)) else type(e).__name__
         raise HitaError(f"{path} is no checkpoint that can be read safely ({why}); {remedy}") from e
     check(data["kind"] == kind, f"{path} holds a {data['kind']}, a {kind} is needed; {remedy}")
     return {"made_from": {}, **data}
@@ -1770,7 +1795,8 @@ def restore(saved: dict | None, parts: dict) -> int:
         return 0
     for name, part in parts.items():
         state = saved[name]
-        if isinstance(part, torch.optim.Optimizer):  # its learning rate and the like are today's
+        # of an optimizer the moments; its learning rate and the like are today's
+        if isinstance(part, torch.optim.Optimizer):
             state = {**part.state_dict(), "state": state["state"]}
         part.load_state_dict(state)
     return saved["step"]

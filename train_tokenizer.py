@@ -241,6 +241,8 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
     size = {336: 256}.get(data.size, data.size)
     files = [Path(f"{npz}-{kind}.npz") for kind in ("originals", "reconstructions") if npz]
     arrays = [hita.picture_array(file, len(data), size) for file in files]
+
+    # encoding in float32, or some ids would be others; the decoder may work in bfloat16
     totals = {name: torch.zeros((), device=device) for name in ("psnr", "lpips", "pictures")}
     counts = code_counts(*[torch.zeros(0, n, dtype=torch.int64, device=device)
                            for n in (tokenizer.cfg.num_global, 1)], V)
