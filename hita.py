@@ -1421,7 +1421,7 @@ class Pictures(torchvision.datasets.ImageFolder):
     augment: crop and flip are drawn from (seed, epoch, index) and nothing else, so a resumed run
     sees the same pictures. Without it epoch 0 is the plain picture, 1 its mirror image, and later
     ones are augmented. A picture that cannot be read is named, and the next stands in; with
-    stand_in=False it is a black one of class -1. HitaError if there are no pictures.
+    stand_in=False it is a grey one of class -1. HitaError if there are no pictures.
     """
 
     def __init__(self, root: str | Path, split: str, size: int, augment: bool = False,
@@ -1461,7 +1461,7 @@ class Pictures(torchvision.datasets.ImageFolder):
 
     def signature(self) -> list:
         """What a cache made from these pictures depends on: names, sizes and dates of the files."""
-        stats = [(path, label, os.stat(path)) for path, label in self.samples]
+        stats = [(p, n, os.stat(p)) for p, n in self.samples if os.path.exists(p)]
         files = [[os.path.relpath(p, self.root), n, s.st_size, s.st_mtime_ns] for p, n, s in stats]
         return [files, self.size, self.crop_range, self.seed]
 

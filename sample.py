@@ -44,6 +44,8 @@ def parse_args():
     """Command line -> arguments. Raises HitaError where they make no sense."""
     parser = hita.Parser(__doc__)
     add = parser.add_argument
+
+    # what to draw, and how
     add("--class", dest="classes", nargs="+", metavar="CLASS", help="names or indices [twelve]")
     add("--num", type=int, default=8, help="pictures per class [8]")
     add("--cfg-scale", type=float, default=2.0, help="classifier-free guidance, 1 is without [2]")
@@ -51,27 +53,35 @@ def parse_args():
     add("--top-k", type=int, default=0, help="draw from the k most likely ids, 0 from all [0]")
     add("--top-p", type=float, default=1.0, help="from the likeliest that reach probability p [1]")
     add("--seed", type=int, default=0, help="the same seed gives the same pictures [0]")
+
+    # with which models
     add("--list", action="store_true", help="list the released models and stop")
     add("--llama", metavar="FILE", help="checkpoint or released name [llama.pt in the run "
         f"directory or, where there is none, {DEFAULT}]")
     add("--tokenizer", metavar="FILE", help="checkpoint or name [the one that the Llama goes with]")
     add("--out", default="out", help="run directory [out]")
+    add("--dino-file", metavar="FILE", help="DINOv2 weights, .pth or .safetensors [the Hub's]")
+    add("--device", help="cuda, mps or cpu [the best there is]")
+    add("--compile", action="store_true", help="torch.compile, takes a minute; for many pictures")
+
+    # where to
     add("--image", help="grid to write [in the run directory]")
     add("--single", action="store_true", help="write each picture, too, in a folder")
     add("--native", action="store_true", help="keep 336 px [256, as the published figures]")
     add("--released-sampling", action="store_true", help="make the released code's mistake at the "
         "last global token; for comparison with published figures only")
-    add("--device", help="cuda, mps or cpu [the best there is]")
-    add("--compile", action="store_true", help="torch.compile, takes a minute; for many pictures")
+
+    # details of the uses below
     add("--keep", type=float, default=0.5, help="share of the height given to --complete [0.5]")
     add("--globals", choices=("visible", "sampled", "full"), default="visible", help="global "
         "tokens of --complete: of the given part, the class, or (upper bound) all [visible]")
     add("--from", nargs="+", metavar="IMG", dest="styles", help="global tokens of --style")
-    add("--dino-file", metavar="FILE", help="DINOv2 weights, .pth or .safetensors [the Hub's]")
     add("--count", type=int, help="so many pictures over all classes, with --npz")
     add("--random-labels", action="store_true", help="of --count: classes at random [in turn]")
     add("--features", nargs="+", default=[hita.TokenizerConfig.dino], metavar="NAME [FILE]",
         help="timm model of --fd, and its weights [DINOv2-L with registers, from the Hub]")
+
+    # one thing at a time
     use = parser.add_mutually_exclusive_group()
     use.add_argument("--reconstruct", nargs="+", metavar="IMG", help="encode and decode these")
     use.add_argument("--style", nargs="+", metavar="IMG", help="decode with the globals of --from")
@@ -159,6 +169,7 @@ def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
 
 def load(args, device: torch.device) -> tuple[hita.HitaTokenizer, hita.Llama, list[int]]:
     """-> tokenizer, Llama, indices of the classes asked for. HitaError if they do not fit."""
+    # what the flag says, else what was trained here, else a released model
     own = Path(args.out) / "llama.pt"
     path = args.llama or (str(own) if own.exists() or args.out != "out" else DEFAULT)
     llama = hita.load_llama(path)
@@ -172,7 +183,9 @@ def load(args, device: torch.device) -> tuple[hita.HitaTokenizer, hita.Llama, li
     if hita.rank() == 0:
         print(f"using {path} and {found}", flush=True)
     tokenizer.to(device, memory_format=torch.channels_last)
-    for p in llama.to(device).parameters():  # not the buffers: rotations stay in float32
+
+    # weights in bfloat16 on CUDA, but not the buffers: rotations stay in float32
+    for p in llama.to(device).parameters():
         p.data = p.data.bfloat16() if device.type == "cuda" else p.data
     if args.compile:
         llama.step = torch.compile(llama.step, mode="reduce-overhead", fullgraph=True)
@@ -216,6 +229,8 @@ def generate(args, device: torch.device, image: Path) -> None:
 
     length = llama.cfg.num_global + llama.cfg.num_patches
     random = hita.random_numbers(class_ids, length, args.seed)  # of all, whoever makes which
+
+    # a grid is kept in memory, a file for evaluation is not
     size = tokenizer.cfg.image_size
     size = 256 if size == 336 and not args.native else size
     if args.npz:
@@ -309,6 +324,8 @@ def complete(args, device: torch.device) -> tuple[Tensor, int]:
     lines = round(args.keep * cfg.grid)  # rows of cells that are given
     hita.check(0 < lines < cfg.grid, f"--keep {args.keep} gives {lines} of {cfg.grid} rows of "
                "patches; at least one must be given and one drawn")
+
+    # what is below the line is unknown; its mean does not surprise the encoder
     line, kept = lines * cfg.stride, max(0, lines * cfg.grid - cfg.k)
     given = images.clone()
     given[:, :, line:] = images[:, :, :line].mean(dim=(2, 3), keepdim=True)
