@@ -1100,7 +1100,7 @@ def count_ids(ids: Tensor, size: int) -> Tensor:
 
 def usage(name: str, hits: Tensor) -> dict[str, float]:
     """Uses of each code (V,) -> share of codes in use, and exp(entropy) of their distribution."""
-    hits = hits.double().cpu()  # MPS has no float64
+    hits = hits.cpu().double()  # in this order, since MPS has no float64
     p = hits / hits.sum().clamp(min=1)
     perplexity = torch.special.entr(p).sum().exp()
     return {f"{name}_use": (hits > 0).double().mean().item(), f"{name}_ppl": perplexity.item()}
@@ -1112,7 +1112,7 @@ def check_images(images: Tensor, stride: int) -> None:
     is_float = isinstance(images, Tensor) and images.is_floating_point()
     check(is_float, "images must be a float tensor (B, 3, H, W) in [-1, 1]: load_picture(file or "
                     "PIL picture, size) makes one; of bytes take x / 127.5 - 1")
-    shape, (low, high) = tuple(images.shape), images.aminmax()
+    shape, low, high = tuple(images.shape), images.min(), images.max()
     fits = len(shape) == 4 and shape[1] == 3 and not shape[2] % stride and not shape[3] % stride
     check(fits, f"images have shape {shape}, expected (B, 3, H, W) with sides that are multiples "
                 f"of the stride {stride}")

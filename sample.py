@@ -401,7 +401,7 @@ def features(pictures, dino: hita.DINOv2, device: torch.device) -> np.ndarray:
         some = [p if isinstance(p, Path) else Image.fromarray(p)
                 for p in pictures[first:first + CHUNK]]
         images = torch.cat([hita.load_picture(p, dino.SIZE) for p in some])
-        rows.append(dino(images.to(device))[:, 0].double().cpu().numpy())
+        rows.append(dino(images.to(device))[:, 0].cpu().double().numpy())
     return np.concatenate(rows)
 
 
