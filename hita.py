@@ -1241,7 +1241,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def run(main) -> None:
+def run_script(main) -> None:
     """Call a script's main. What a user or the machine caused is one line, with status 2."""
     try:
         main()

@@ -336,7 +336,8 @@ def complete(args, device: torch.device) -> tuple[Tensor, int]:
         global_ids, patch_ids = (ids[i].expand(args.num, -1) for ids in all_ids)
         if args.globals == "sampled" and cfg.num_global:
             global_ids, _ = draw(class_ids)
-        ids = draw(class_ids, given=torch.cat([global_ids, patch_ids[:, :kept]], dim=1))
+        known = torch.cat([global_ids, patch_ids[:, :kept]], dim=1)  # (num, M + R - k)
+        ids = draw(class_ids, given=known)
         row = torch.cat([images[i:i + 1], given[i:i + 1], decode(tokenizer, *ids)])
         quality = hita.psnr(row[:1, :, :line], row[2:, :, :line]).mean()
         print(f"{path}: PSNR of the given part {quality:.2f} dB, global tokens: {args.globals}")
@@ -418,4 +419,4 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    hita.run(main)
+    hita.run_script(main)

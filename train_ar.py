@@ -199,8 +199,8 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, 
     rows = np.lib.format.open_memmap(path, "r+")
     todo = np.flatnonzero(rows[:, 0] == 0)
     hita.barrier()  # all have seen what is left to do
-    blocks = np.array_split(todo, -(-len(todo) // 64) or 1)[hita.rank()::hita.world()]
-    items = [[divmod(int(row), len(data)) for row in block] for block in blocks if len(block)]
+    blocks = [todo[i:i + 64].tolist() for i in range(0, len(todo), 64)][hita.rank()::hita.world()]
+    items = [[divmod(row, len(data)) for row in block] for block in blocks]
     data.stand_in = False
     loader = DataLoader(data, batch_sampler=items, num_workers=workers)
     progress = tqdm(loader, f"encoding {path.stem}", disable=hita.rank() > 0, leave=False)
@@ -262,7 +262,8 @@ def evaluate(ema: hita.Llama, tokens: np.ndarray, device: torch.device) -> dict[
     for i in range(0, len(mine), 64):
         class_ids, *ids = split(to_device(mine[i:i + 64], device), ema.cfg.num_global)
         losses = hita.llama_losses(*ema(class_ids, *ids), *ids)
-        total += len(class_ids) * torch.stack([*losses, torch.ones_like(losses[0])])
+        figures = torch.stack([*losses, torch.ones_like(losses[0])])
+        total += len(class_ids) * figures
     total = hita.all_sum(total)
     global_loss, patch_loss = (total[:2] / total[2]).tolist()
     both = {"val_global": global_loss} if ema.cfg.num_global else {}
@@ -284,4 +285,4 @@ def sample_grid(ema: hita.Llama, tokenizer: hita.HitaTokenizer, recipe: Training
 
 
 if __name__ == "__main__":
-    hita.run(main)
+    hita.run_script(main)

@@ -17,6 +17,7 @@ the first halves the resolution.
 
 import copy
 import json
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -322,13 +323,15 @@ def probes(tokenizer: hita.HitaTokenizer, train: hita.Pictures, val: hita.Pictur
     and in the quantized patch tokens; fitted to up to 20,000 training pictures. Chance is the
     share of the most frequent class."""
     device, features, labels = next(tokenizer.parameters()).device, {}, {}
-    for split, data, every in (("train", train, -(-len(train) // 20_000)), ("val", val, 1)):
+    for split, data in (("train", train), ("val", val)):
+        every = math.ceil(len(data) / 20_000) if split == "train" else 1
         items = [(0, i) for i in range(0, len(data), every)]
         loader = DataLoader(data, 16, sampler=items, num_workers=workers)
         rows = []
         for images, classes in tqdm(loader, f"encoding {split}", leave=False):
             global_ids, patch_ids = tokenizer.encode(images.to(device))
-            rows.append(torch.cat([classes[:, None].to(device), global_ids, patch_ids], dim=1))
+            classes = classes[:, None].to(device)
+            rows.append(torch.cat([classes, global_ids, patch_ids], dim=1))
         M, N = tokenizer.cfg.num_global, tokenizer.cfg.grid ** 2
         labels[split], global_ids, patch_ids = torch.cat(rows).split([1, M, N], dim=1)
         labels[split] = labels[split].flatten()
@@ -367,4 +370,4 @@ def linear_probe(x: Tensor, y: Tensor, val_x: Tensor, decay: float = 0.01) -> Te
 
 
 if __name__ == "__main__":
-    hita.run(main)
+    hita.run_script(main)
