@@ -453,8 +453,7 @@ def test_dino_preprocessing(small_dino):
                                                                    0.594 / 0.225]
     assert y[0, :, 0, 0].tolist() == pytest.approx(low, abs=1e-4)
     assert y[0, :, -1, 0].tolist() == pytest.approx(high, abs=1e-4)
-    slope = (y[0, 0, 30, 0] - y[0, 0, 25, 0]) / 5 * 0.229
-    assert slope.item() == pytest.approx(1 / 55, abs=1e-4)  # 56 rows from corner to corner
+    assert y[0, 0, 3, 0] > y[0, 0, 0, 0] + 0.15  # at once: no border of half a pixel
     noise = torch.randn(1, 3, 168, 168).clamp(-1, 1)
     blurred, plain = small_dino.preprocess(noise), small_dino.preprocess(noise[..., :56, :56])
     assert blurred.std() < 0.5 * plain.std()  # a blur precedes shrinking
