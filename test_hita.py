@@ -354,6 +354,15 @@ def test_llama_sees_the_class_and_what_comes_before():
 
 # ---- tokenizer ---------------------------------------------------------------
 
+@pytest.mark.parametrize("causal, dropped", [(False, 0.5), (True, 0.0)])
+def test_attention_drops_outputs_if_bidirectional_and_probabilities_if_causal(causal, dropped):
+    attention, x = hita.Attention(16, 2, causal, 0.5), torch.randn(4, 50, 16)
+    y = attention(x)
+    assert (y == 0).float().mean().item() == pytest.approx(dropped, abs=0.05)
+    assert not torch.equal(y, attention(x)) and torch.equal(attention.eval()(x), attention(x))
+    assert (attention.q.bias is None) == (not causal)
+
+
 @pytest.mark.parametrize("changes", [{}, dict(num_global=0, k=0), dict(revive_codes=True)])
 def test_tokenizer_ids_agree_with_the_training_forward(changes):
     tokenizer = tiny(**changes)
