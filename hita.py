@@ -1060,6 +1060,7 @@ import huggingface_hub
 import safetensors.torch
 import torch.distributed as dist
 import torchvision
+from huggingface_hub.utils import logging as hub_logging
 from PIL import Image, ImageOps
 
 
@@ -1700,8 +1701,9 @@ def load_dino(name: str, file: str | None = None) -> DINOv2:
     try:
         return DINOv2(name, load(file) if file else None)
     except Exception as e:  # files, network, timm: many kinds
-        raise HitaError(f"no DINOv2 {name} from {file or 'the Hub'} ({type(e).__name__}); give "
-                        "its original file, dinov2_vitl14_reg4_pretrain.pth, as --dino-file") from e
+        raise HitaError(f"cannot load the ViT {name} from {file or 'the Hub'} ({type(e).__name__})"
+                        "; its weights as a file, such as dinov2_vitl14_reg4_pretrain.pth, are "
+                        "given with --dino-file, or with --features NAME FILE") from e
 
 
 def fingerprint(*parts) -> str:
@@ -1733,9 +1735,10 @@ def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str
             raise
         if wanted in (None, fingerprint(tokenizer)):
             return path, tokenizer
-    raise HitaError(f"the Llama was trained on another tokenizer than {' and '.join(found)}, or on "
-                    "an earlier state of it: train it again with python train_ar.py, or name the "
-                    "file that it was trained on with --tokenizer")
+    same = {str(Path(place).resolve()): place for place in found}  # a file by two names counts once
+    raise HitaError("the Llama was trained on another tokenizer, or an earlier state of it, than "
+                    f"{' and '.join(same.values())}: name the right one with --tokenizer, or train "
+                    f"it anew with python train_ar.py --tokenizer {found[0]} --out NEW_DIR")
 
 
 def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
@@ -1776,9 +1779,11 @@ def check_resume(saved: dict, cfg, recipe, pictures: int) -> None:
     fixed = FIXED | {"pictures"} | vars(cfg).keys() - MAY_DIFFER
     wrong = [text for name, text in changed.items() if name in fixed]
     check(not wrong, f"{', '.join(wrong)}: that cannot change within a run; leave it as it was in "
-                     f"{saved['path']}, or start anew with --init-from {saved['path']} --out DIR")
+                     f"{saved['path']}, or start a new run with another --out")
     if rank() == 0:
         listed = "; ".join(["", *changed.values()])
+        if saved["step"] >= recipe.steps:
+            listed += f"; all {recipe.steps} steps are done, for more raise --steps"
         print(f"resuming {saved['path']} after step {saved['step']}{listed}", flush=True)
 
 
@@ -1805,6 +1810,7 @@ def restore(saved: dict | None, parts: dict) -> int:
 # ---- The released models, on the Hub -----------------------------------------
 
 HUB = "yexiguafu/hita-gen"
+hub_logging.set_verbosity_error()  # the library warns of every retry
 RELEASED = {"hita-v": "vanilla/tokenizer/hita-tok.pt", "hita-u": "ultra/tokenizer/hita-ultra.pt"}
 RELEASED |= {  # as hita-u-b-250e: ultra/GPT-B/GPT-B-250e.pt
     f"{tokenizer}-{model.lower()}e": f"{folder}/GPT-{model.split('-')[0]}/GPT-{model}e.pt"
@@ -1819,10 +1825,10 @@ def released_file(name: str) -> str:
     try:
         return huggingface_hub.hf_hub_download(HUB, RELEASED[name])
     except Exception as e:  # network, server, disk: the library raises many kinds
-        raise HitaError(f"cannot fetch {name} from the Hub ({first_line(e)}); download "
-                        f"{huggingface_hub.hf_hub_url(HUB, RELEASED[name])} elsewhere and name the "
-                        "file (--tokenizer, --llama), or train the demo: python train_tokenizer.py "
-                        "&& python train_ar.py") from e
+        url = huggingface_hub.hf_hub_url(HUB, RELEASED[name])
+        raise HitaError(f"cannot fetch {name} from the Hub ({type(e).__name__}): download {url} "
+                        "elsewhere and name the file (--tokenizer, --llama), or train the demo: "
+                        "python train_tokenizer.py && python train_ar.py") from e
 
 
 RELEASED_TOKENIZER = {  # part of a name in the released file -> part of ours; order matters

@@ -203,7 +203,8 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, 
     items = [[divmod(row, len(data)) for row in block] for block in blocks]
     data.stand_in = False
     loader = DataLoader(data, batch_sampler=items, num_workers=workers)
-    progress = tqdm(loader, f"encoding {path.stem}", disable=hita.rank() > 0, leave=False)
+    progress = tqdm(loader, f"encoding {path.stem}", disable=hita.rank() > 0 or not items,
+                    leave=False)
     for (images, classes), block in zip(progress, blocks):
         images = images.to(device, memory_format=torch.channels_last)
         global_ids, patch_ids = tokenizer.encode(images)

@@ -302,7 +302,8 @@ def evaluate_checkpoint(args) -> None:
     train = hita.Pictures(made_from["data"] or hita.embedded_data(), "train", cfg.image_size)
     val, perceptual = hita.validation_pictures(train), None
     try:
-        perceptual = hita.PerceptualLoss().to(device)
+        if getattr(args, "lpips_weight", 1):
+            perceptual = hita.PerceptualLoss().to(device)
     except hita.HitaError as e:
         print(f"without LPIPS: {e}")
     out.mkdir(parents=True, exist_ok=True)
