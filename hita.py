@@ -172,18 +172,25 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + y
 
 
+def row_by_row(x: Tensor) -> Tensor:
+    """(B, c, H, W) -> (B, H*W, c)"""
+    return x.flatten(2).transpose(1, 2)
+
+
 class AttnBlock(nn.Module):
     """Single-head attention over all pixels, plus the input. (B, c, H, W) -> (B, c, H, W)"""
 
     def __init__(self, channels: int):
         super().__init__()
         self.norm = group_norm(channels)
-        self.q, self.k, self.v, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        conv = partial(nn.Conv2d, channels, channels, 1)
+        self.q, self.k, self.v, self.out = conv(), conv(), conv(), conv()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        q, k, v = self.q(y), self.k(y), self.v(y)  # (B, c, H, W) each
-        q, k, v = (t.flatten(2).transpose(1, 2)[:, None] for t in (q, k, v))  # (B, 1, H*W, c)
+        q = row_by_row(self.q(y))[:, None]  # (B, 1, H*W, c)
+        k = row_by_row(self.k(y))[:, None]
+        v = row_by_row(self.v(y))[:, None]
         y = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, H*W, c)
         return x + self.out(y.transpose(1, 2).reshape(x.shape))
 
@@ -333,13 +340,15 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, causal: bool, dropout: float):
         super().__init__()
         self.heads, self.causal, self.dropout = heads, causal, dropout
-        self.q, self.k, self.v = (nn.Linear(dim, dim, bias=causal) for _ in range(3))
+        linear = partial(nn.Linear, dim, dim, bias=causal)
+        self.q, self.k, self.v = linear(), linear(), linear()
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        q, k, v = self.q(x), self.k(x), self.v(x)  # (B, T, D) each
-        q, k, v = (split_heads(t, self.heads) for t in (q, k, v))  # (B, heads, T, d)
+        q = split_heads(self.q(x), self.heads)  # (B, heads, T, d)
+        k = split_heads(self.k(x), self.heads)
+        v = split_heads(self.v(x), self.heads)
         # with is_causal instead of a mask fast kernels can be used
         x = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=self.causal and mask is None,
@@ -391,7 +400,7 @@ def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
     # the 0.1 shifts the sampling step a little, as in DINO; the released model is used with it
     scale = (h + 0.1) / side, (w + 0.1) / side
     grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")  # (1, D, h, w)
-    return grid.flatten(2).transpose(1, 2)  # (1, h*w, D)
+    return row_by_row(grid)  # (1, h*w, D)
 
 
 # ---- Causal query extractor: M learnable queries gather what is global -------
@@ -423,7 +432,7 @@ class QueryExtractor(nn.Module):
         B, _, h, w = patches.shape
         M, N = self.queries.shape[1], h * w
         queries = self.queries.expand(B, -1, -1)  # (B, M, D)
-        patches = patches.flatten(2).transpose(1, 2)  # (B, N, D), row by row
+        patches = row_by_row(patches)  # (B, N, D)
         patches = patches + resize_positions(self.positions, h, w)
 
         # stage 1: everything sees everything
@@ -598,7 +607,7 @@ class HitaTokenizer(nn.Module):
         """Images (B, 3, H, W) -> what is quantized: global (B, M, C) or None, patch (B, N, C)."""
         patches = self.encoder(images)  # (B, D, h, w)
         if not self.cfg.num_global:
-            return None, self.patch_down(patches.flatten(2).transpose(1, 2))
+            return None, self.patch_down(row_by_row(patches))
         queries, patches = self.extractor(patches, dino_tokens)  # (B, M, D), (B, N, D)
         return self.global_down(queries), self.patch_down(patches)
 
@@ -810,14 +819,15 @@ class LlamaBlock(nn.Module):
 
         # Positions act on queries and keys only, never on the residual stream, and anew in every
         # block: a learned shift for inputs 0 .. M-1, a rotation for the patches.
-        q, k = q + shift, k + shift
-        q, k, v = (split_heads(t, self.heads) for t in (q, k, v))  # (B, heads, T, d)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = rotate(split_heads(q + shift, self.heads), cos, sin)  # (B, heads, T, d)
+        k = rotate(split_heads(k + shift, self.heads), cos, sin)
+        v = split_heads(v, self.heads)
 
         # fast kernels want multiples of 8 channels; size 2B has 60 in a head
         d = q.shape[-1]
         if d % 8:
-            q, k, v = (F.pad(t, (0, -d % 8)) for t in (q, k, v))
+            pad = 0, -d % 8
+            q, k, v = F.pad(q, pad), F.pad(k, pad), F.pad(v, pad)
 
         # while sampling, keys and values of the inputs before wait in the cache
         if cache is not None:
@@ -1382,7 +1392,9 @@ def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None =
     shape = round(image.width * scale), round(image.height * scale)
     image = image.resize(shape, Image.Resampling.BICUBIC)
     spare = shape[0] - size, shape[1] - size
-    x, y = (s // 2 if rng is None else int(rng.integers(s + 1)) for s in spare)
+    x, y = spare[0] // 2, spare[1] // 2
+    if rng is not None:
+        x, y = int(rng.integers(spare[0] + 1)), int(rng.integers(spare[1] + 1))
     return np.asarray(image.crop((x, y, x + size, y + size)))
 
 
@@ -1592,8 +1604,8 @@ class Log:
 # ---- Checkpoints: plain tensors and values, loaded with weights_only=True ----
 #
 # kind, step, config, recipe (dictionaries), model, ema, optimizer, ... (states), classes (of a
-# Llama) and made_from: data (folder, None: embedded), pictures (their number), dino_file and, for
-# a Llama, tokenizer (file) and tokenizer_hash. Random numbers and data order follow from the seed.
+# Llama) and made_from: data (folder, None: embedded), pictures (their number), preset, dino_file
+# and, for a Llama, tokenizer (file) and tokenizer_hash. Random numbers follow from the seed.
 
 def save_checkpoint(path: Path, data: dict) -> None:
     """Write to a temporary file and move it into place: `path` is the old file or the new one."""
@@ -1686,6 +1698,7 @@ def load_llama(path: str | Path) -> Llama:
     path: a file, or a name in RELEASED. HitaError if the file is missing or does not fit.
     """
     llama = load_model(path, "llama")
+    # the released files do not name their classes
     imagenet = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
     llama.classes = llama.classes or imagenet[:llama.cfg.num_classes]
     if str(path) in RELEASED:

@@ -301,7 +301,7 @@ def transfer_style(args, device: torch.device) -> tuple[Tensor, int]:
     """--style --from: styles on top, contents at the left, each with the globals of each style."""
     tokenizer = load_encoder(args, device)
     hita.check(tokenizer.cfg.num_global > 0, "this tokenizer has no global tokens to take")
-    contents, styles = (read(x, tokenizer, device) for x in (args.style, args.styles))
+    contents, styles = read(args.style, tokenizer, device), read(args.styles, tokenizer, device)
     global_ids, patch_ids = tokenizer.encode(styles)[0], tokenizer.encode(contents)[1]
     rows = [torch.ones_like(styles[:1]), styles]  # a white corner
     for content, ids in zip(contents, patch_ids):
@@ -333,7 +333,8 @@ def complete(args, device: torch.device) -> tuple[Tensor, int]:
     draw, rows = drawing(args, llama), []
     for i, path in enumerate(args.complete):
         class_ids = torch.full((args.num,), chosen[i % len(chosen)], device=device)
-        global_ids, patch_ids = (ids[i].expand(args.num, -1) for ids in all_ids)
+        global_ids = all_ids[0][i].expand(args.num, -1)
+        patch_ids = all_ids[1][i].expand(args.num, -1)
         if args.globals == "sampled" and cfg.num_global:
             global_ids, _ = draw(class_ids)
         known = torch.cat([global_ids, patch_ids[:, :kept]], dim=1)  # (num, M + R - k)
@@ -371,7 +372,7 @@ def print_distance(args, device: torch.device) -> None:
     """--fd A B: the distance on class tokens of a DINOv2."""
     sets = [picture_set(source) for source in args.fd]
     dino = hita.load_dino(*args.features[:2]).to(device)
-    a, b = (features(pictures, dino, device) for pictures in sets)
+    a, b = features(sets[0], dino, device), features(sets[1], dino, device)
     print(f"FD-DINOv2 {frechet_distance(a, b):.4g} between {args.fd[0]} ({len(a)} pictures) and "
           f"{args.fd[1]} ({len(b)}), {a.shape[1]} features of {' from '.join(args.features)}")
     if min(len(a), len(b)) <= a.shape[1]:

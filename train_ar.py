@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,9 +109,9 @@ def main():
     if tokenizer.cfg.uses_dino:
         tokenizer.attach_dino(hita.load_dino(tokenizer.cfg.dino, made_from["dino_file"]))
     tokenizer.to(device, memory_format=torch.channels_last)
-    tokens, val_tokens = (
-        token_cache(out / f"tokens-{name}.npy", tokenizer, data, copies, recipe.workers)
-        for name, data, copies in (("train", train, recipe.copies), ("val", val, 1)))
+    cache = partial(token_cache, tokenizer=tokenizer, workers=recipe.workers)
+    tokens = cache(out / "tokens-train.npy", data=train, copies=recipe.copies)
+    val_tokens = cache(out / "tokens-val.npy", data=val, copies=1)
     tokenizer.attach_dino(None)  # it has done its work
 
     # ---- optimizer; what is saved is what has a state
