@@ -69,10 +69,12 @@ class TokenizerConfig:
     heads: int = 8  # attention heads of the transformers
     dropout: float = 0.1  # dropout in the transformers' attention
     num_global: int = 128  # number M of global tokens; 0 (and k = 0) is a plain VQGAN
-    codebook_size: int = 16384  # codes V in each of the two codebooks
+    global_codebook_size: int = 16384  # codes V of the global codebook
+    patch_codebook_size: int = 16384  # codes V of the patch codebook
     global_code_dim: int = 12  # width of a global code
     patch_code_dim: int = 8  # width of a patch code
     beta: float = 0.25  # weight of the commitment term
+    centre: bool = False  # quantize how a picture differs from the others; for short trainings
     revive_codes: bool = False  # move codes that are hardly used onto encoder outputs; small data
     k: int = 4  # positions by which the decoder's window starts before the patches
     dino: str = "vit_large_patch14_reg4_dinov2.lvd142m"  # timm name of the DINOv2, or none
@@ -117,7 +119,8 @@ class LlamaConfig:
     num_classes: int = 1000  # number of classes
     num_global: int = 128  # number M of global tokens
     grid: int = 21  # patch tokens per side, N = grid * grid
-    codebook_size: int = 16384  # codes V in each codebook
+    global_codebook_size: int = 16384  # codes V of the global codebook
+    patch_codebook_size: int = 16384  # codes V of the patch codebook
 
     def __post_init__(self):
         check(self.heads > 0 and self.dim % (4 * self.heads) == 0,
@@ -134,8 +137,8 @@ TOKENIZERS = {
     "hita-u": TokenizerConfig(vfm_recon=True),
     "emoji": TokenizerConfig(
         image_size=64, channels=16, channel_mult=(1, 2, 4, 8), res_blocks=1, latent_dim=128,
-        layers=2, heads=4, dropout=0.0, num_global=16, codebook_size=512, k=8, revive_codes=True,
-        dino="none"),
+        layers=2, heads=4, dropout=0.0, num_global=16, global_codebook_size=512,
+        patch_codebook_size=16, centre=True, revive_codes=True, k=8, dino="none"),
 }
 
 LLAMA_SIZES = {  # the paper's names; in brackets its nominal size and the true parameter count
@@ -448,7 +451,41 @@ class QueryExtractor(nn.Module):
         return x[:, :M], x[:, M:]  # (B, M, D), (B, N, D)
 
 
-# ---- Quantizer, used twice: once for global, once for patch tokens -----------
+# ---- Centring and quantizer, used twice: for global and for patch tokens ------
+
+class Centring(nn.Module):
+    """Zero mean and unit variance over the batch: (B, T, C) -> (B, T, C) in float32. Not in the
+    paper, and off in the released models.
+
+    All queries of one position share most of their direction, whatever the picture. If that took
+    part in choosing the code, the choice would be constant until the picture's share has grown,
+    which takes a longer training than a demo has; the decoder learns to ignore constants sooner.
+
+    positions=M: each position has statistics of its own; 1: all share them. As BatchNorm1d without
+    learned scale, over all processes, also on CPUs. HitaError for a batch of one picture.
+    """
+
+    def __init__(self, positions: int, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(positions, dim))
+        self.register_buffer("var", torch.ones(positions, dim))
+
+    def forward(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            z, mean, var = z.float(), self.mean, self.var
+            # encode and evaluation use what training has seen, and do not add to it
+            if self.training and torch.is_grad_enabled():
+                count = len(z) * world()
+                check(count > 1, "centring needs a batch of at least two pictures")
+                dims = (0,) if len(mean) > 1 else (0, 1)
+                # the gradient passes through both, otherwise the mean runs away
+                mean = all_mean(z.mean(dims, keepdim=True))[0]  # (positions, C)
+                var = all_mean((z - mean).square().mean(dims, keepdim=True))[0]
+                count = count * z.shape[1] // len(mean)
+                self.mean.lerp_(mean.detach(), 0.01)
+                self.var.lerp_(var.detach() * count / (count - 1), 0.01)
+            return (z - mean) * (var + 1e-5).rsqrt()
+
 
 class VectorQuantizer(nn.Module):
     """The nearest of V codes on the unit sphere (VQ-VAE, van den Oord et al. 2017; ViT-VQGAN).
@@ -574,16 +611,20 @@ class HitaTokenizer(nn.Module):
         self.cfg = cfg
         self.attach_dino(None)
         Quantizer = RevivingQuantizer if cfg.revive_codes else VectorQuantizer
-        D, V = cfg.latent_dim, cfg.codebook_size
+        D, M = cfg.latent_dim, cfg.num_global
+        centring = Centring if cfg.centre else lambda positions, dim: nn.Identity()
         self.encoder = Encoder(cfg)
         self.patch_down = nn.Linear(D, cfg.patch_code_dim)
-        self.patch_quantizer = Quantizer(V, cfg.patch_code_dim, cfg.beta)
+        self.patch_centring = centring(1, cfg.patch_code_dim)
+        self.patch_quantizer = Quantizer(cfg.patch_codebook_size, cfg.patch_code_dim, cfg.beta)
         self.patch_up = nn.Linear(cfg.patch_code_dim, D)
         # without global tokens a plain VQGAN remains, without any transformer
-        if cfg.num_global:
+        if M:
             self.extractor = QueryExtractor(cfg)
             self.global_down = nn.Linear(D, cfg.global_code_dim)
-            self.global_quantizer = Quantizer(V, cfg.global_code_dim, cfg.beta)
+            self.global_centring = centring(M, cfg.global_code_dim)
+            self.global_quantizer = Quantizer(cfg.global_codebook_size, cfg.global_code_dim,
+                                              cfg.beta)
             self.global_up = nn.Linear(cfg.global_code_dim, D)
             self.fusion = Fusion(cfg)
         self.decoder = Decoder(cfg)
@@ -607,9 +648,10 @@ class HitaTokenizer(nn.Module):
         """Images (B, 3, H, W) -> what is quantized: global (B, M, C) or None, patch (B, N, C)."""
         patches = self.encoder(images)  # (B, D, h, w)
         if not self.cfg.num_global:
-            return None, self.patch_down(row_by_row(patches))
+            return None, self.patch_centring(self.patch_down(row_by_row(patches)))
         queries, patches = self.extractor(patches, dino_tokens)  # (B, M, D), (B, N, D)
-        return self.global_down(queries), self.patch_down(patches)
+        global_z = self.global_centring(self.global_down(queries))  # (B, M, C)
+        return global_z, self.patch_centring(self.patch_down(patches))
 
     def render(self, global_codes: Tensor | None, patch_codes: Tensor, grid: tuple) -> Tensor:
         """Quantized codes (B, M, C), (B, N, C) -> images (B, 3, H, W)."""
@@ -848,14 +890,14 @@ class Llama(nn.Module):
     def __init__(self, cfg: LlamaConfig):
         super().__init__()
         self.cfg = cfg
-        M, V, dim = cfg.num_global, cfg.codebook_size, cfg.dim
+        M, V, dim = cfg.num_global, cfg.patch_codebook_size, cfg.dim
         # one row more than classes: the last means "no class"
         self.class_embedding = nn.Embedding(cfg.num_classes + 1, dim)
         self.patch_embedding = nn.Embedding(V, dim)
         self.patch_head = nn.Linear(dim, V, bias=False)
         if M:
-            self.global_embedding = nn.Embedding(V, dim)
-            self.global_head = nn.Linear(dim, V, bias=False)
+            self.global_embedding = nn.Embedding(cfg.global_codebook_size, dim)
+            self.global_head = nn.Linear(dim, cfg.global_codebook_size, bias=False)
             self.global_positions = nn.Embedding(M, dim)  # of inputs 0 .. M-1
         self.token_dropout = nn.Dropout(cfg.token_dropout)
         self.caches: list[KVCache] = []  # a plain list: no part of the model's state
@@ -923,9 +965,13 @@ class Llama(nn.Module):
         temperature, top_k, top_p: see filter_logits; top_k=1 is greedy. given (B, P): the first P
         ids. random (B, M + N): see random_numbers, which makes them of the seed. released_sampling:
         embed the last global token with the patch table, as the released sampling code does by
-        mistake. Raises HitaError for classes that the model does not have.
+        mistake; it needs codebooks of one size. Raises HitaError for that, and for classes that
+        the model does not have.
         """
         cfg, M = self.cfg, self.cfg.num_global
+        check(not released_sampling or cfg.global_codebook_size == cfg.patch_codebook_size,
+              f"released sampling looks a global id up in the patch table: it needs codebooks of "
+              f"one size, these are of {cfg.global_codebook_size} and {cfg.patch_codebook_size}")
         is_ids = isinstance(class_ids, Tensor) and class_ids.dtype == torch.int64
         check(is_ids and class_ids.dim() == 1, "class_ids must be an int64 tensor (B,), such as "
               "torch.tensor([207]); by name: torch.tensor([llama.classes.index(name)])")
@@ -1087,7 +1133,7 @@ class RevivingQuantizer(VectorQuantizer):
             self.revive(F.normalize(z.detach().float(), dim=-1).flatten(0, 1))
         codes, ids, loss = super().forward(z)
         if self.training:
-            self.hits += all_sum(count_ids(ids, len(self.hits)))
+            self.hits += all_sum(count_ids(ids, len(self.hits)).sum(dim=0))
         return codes, ids, loss
 
     @torch.no_grad()
@@ -1104,17 +1150,25 @@ class RevivingQuantizer(VectorQuantizer):
 
 
 def count_ids(ids: Tensor, size: int) -> Tensor:
-    """Uses of each id 0 .. size-1 in a tensor of any shape -> (size,), without a host sync."""
+    """How often each id 0 .. size-1 stands at each position: (B, T) -> (T, size), no host sync."""
+    T = ids.shape[1]
+    index = ids + size * torch.arange(T, device=ids.device)  # a range of its own for each position
     ones = torch.ones(ids.numel(), device=ids.device)
-    return torch.zeros(size, device=ids.device).index_add_(0, ids.flatten(), ones)
+    return torch.zeros(T * size, device=ids.device).index_add_(0, index.flatten(), ones).view(T, -1)
 
 
-def usage(name: str, hits: Tensor) -> dict[str, float]:
-    """Uses of each code (V,) -> share of codes in use, and exp(entropy) of their distribution."""
-    hits = hits.cpu().double()  # in this order, since MPS has no float64
-    p = hits / hits.sum().clamp(min=1)
-    perplexity = torch.special.entr(p).sum().exp()
-    return {f"{name}_use": (hits > 0).double().mean().item(), f"{name}_ppl": perplexity.item()}
+def usage(name: str, counts: Tensor) -> dict[str, float]:
+    """Counts (T, V) of count_ids -> share of codes in use; bits, the mean over the positions of the
+    entropy of the ids there.
+
+    Bits say how much a token tells of a picture, at most min(log2 V, log2 of the pictures). A
+    codebook can be in use while every position has its own constant code: that is 0 bits.
+    """
+    counts = counts.cpu().double()  # in this order, since MPS has no float64
+    p = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    bits = torch.special.entr(p).sum(dim=1).mean() / math.log(2)
+    return {f"{name}_use": (counts.sum(dim=0) > 0).double().mean().item(),
+            f"{name}_bits": bits.item()}
 
 
 def check_images(images: Tensor, stride: int) -> None:
@@ -1156,6 +1210,24 @@ def all_sum(x: Tensor) -> Tensor:
     if world() > 1:
         dist.all_reduce(x)
     return x
+
+
+class DifferentiableSum(torch.autograd.Function):
+    """all_sum with a gradient; torch's own is deprecated or private, depending on the version."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return all_sum(x.clone())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # every process's loss depends on this process's x
+        return all_sum(grad.clone())
+
+
+def all_mean(x: Tensor) -> Tensor:
+    """Mean of a tensor over all processes; gradients pass through it."""
+    return DifferentiableSum.apply(x) / world()
 
 
 def all_gather(x: Tensor) -> Tensor:
@@ -1354,7 +1426,7 @@ def override(settings, args: argparse.Namespace):
 
 # ---- Pictures ----------------------------------------------------------------
 
-EMOJI = Path(__file__).parent / "data" / "emoji64.zip"
+EMOJI = Path(__file__).parent / "data" / "prints64.zip"
 
 
 def embedded_data() -> Path:
@@ -1566,27 +1638,28 @@ class Log:
 
     def __init__(self, path: Path, steps: int, start: int):
         self.path, self.steps = path, steps
-        self.values, self.last, self.since = {}, start, time.time()
+        self.values, self.last, self.since = {}, start, time.time()  # name: (sum, times)
         if rank() == 0 and path.exists():
             lines = path.read_text().splitlines(keepends=True)
             whole = [x for x in lines if x.endswith("}\n")]  # not what a killed write left
             path.write_text("".join(x for x in whole if json.loads(x)["step"] <= start))
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Figures of a step: scalars, of which the mean counts, and uses of codes (V,)."""
+        """Figures of a step: scalars, of which the mean counts, and counts of ids (T, V)."""
         for name, value in values.items():
-            self.values.setdefault(name, []).append(value.detach())
+            total, times = self.values.get(name, (0, 0))
+            self.values[name] = total + value.detach(), times + 1
 
     def write(self, step: int, batch_size: int) -> None:
         """A line of what was added since the last one, over all processes, and of the speed."""
         figures = {}
-        for name, values in self.values.items():
+        for name, (total, times) in self.values.items():
             # the only place where the device is waited for
-            total = all_sum(torch.stack(values).float().sum(dim=0))
+            total = all_sum(total.float())
             if total.dim():
                 figures |= usage(name, total)
             else:
-                figures[name] = total.item() / len(values) / world()
+                figures[name] = total.item() / times / world()
         speed = (step - self.last) / (time.time() - self.since)  # steps per second
         figures |= {"images/s": speed * batch_size, "eta_min": (self.steps - step) / speed / 60}
         self.line(step, figures)

@@ -176,7 +176,7 @@ def load(args, device: torch.device) -> tuple[hita.HitaTokenizer, hita.Llama, li
     chosen = class_indices(args.classes, llama.classes)
     beside = Path(path).with_name("tokenizer.pt")
     found, tokenizer = hita.find_tokenizer(llama.made_from, args.tokenizer, beside)
-    for name in ("num_global", "grid", "codebook_size"):
+    for name in ("num_global", "grid", "global_codebook_size", "patch_codebook_size"):
         theirs, ours = getattr(tokenizer.cfg, name), getattr(llama.cfg, name)
         hita.check(theirs == ours, f"{name} is {theirs} in {found} and {ours} in {path}: they do "
                                    "not belong together; name the right --tokenizer")

@@ -40,10 +40,11 @@ ROOT = Path(__file__).parent
 SCRIPTS = {"train_tokenizer.py": train_tokenizer, "train_ar.py": train_ar, "sample.py": sample}
 TINY = hita.TokenizerConfig(  # M = 6, N = 16, V = 32, D = 16
     image_size=16, channels=8, channel_mult=(1, 1, 2), res_blocks=1, latent_dim=16, layers=1,
-    heads=2, num_global=6, codebook_size=32, k=2, dino="none")
+    heads=2, num_global=6, global_codebook_size=32, patch_codebook_size=32, k=2, dino="none")
 TINY_U = dataclasses.replace(TINY, vfm_recon=True, dino="some-vit", dino_dim=8)
 TINY_LLAMA = hita.LlamaConfig(
-    layers=2, heads=2, dim=16, num_classes=5, num_global=6, grid=4, codebook_size=32)
+    layers=2, heads=2, dim=16, num_classes=5, num_global=6, grid=4, global_codebook_size=32,
+    patch_codebook_size=32)
 VIT = "vit_small_patch14_reg4_dinov2.lvd142m"
 torch.set_num_threads(1)  # these tensors are too small to share
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -104,6 +105,7 @@ def ids(*shape: int) -> torch.Tensor:
     ("attention", [(2, 9, 16)], [(2, 9, 16)]),
     ("extractor", [(2, 16, 4, 4), None], [(2, 6, 16), (2, 16, 16)]),
     ("extractor with DINOv2", [(2, 16, 4, 4), (2, 257, 8)], [(2, 6, 16), (2, 16, 16)]),
+    ("centring", [(2, 6, 12)], [(2, 6, 12)]),
     ("quantizer", [(2, 9, 8)], [(2, 9, 8), (2, 9), ()]),
     ("quantizer that revives", [(2, 9, 8)], [(2, 9, 8), (2, 9), ()]),
     ("fusion", [(2, 6, 16), (2, 16, 16), (4, 4)], [(2, 16, 16)]),
@@ -114,6 +116,7 @@ def ids(*shape: int) -> torch.Tensor:
     ("discriminator", [(2, 3, 64, 64)], [(2, 1, 6, 6)]),
     ("llama", [ids(2), ids(2, 6), ids(2, 16)], [(2, 6, 32), (2, 16, 32)]),
     ("llama without globals", [ids(2), ids(2, 0), ids(2, 16)], [(2, 0, 32), (2, 16, 32)]),
+    ("llama with 64 globals codes", [ids(2), ids(2, 6), ids(2, 16)], [(2, 6, 64), (2, 16, 32)]),
     ("llama generates", [ids(2)], [(2, 6), (2, 16)]),
 ])
 def test_shapes(part, inputs, outputs, small_dino):
@@ -122,6 +125,7 @@ def test_shapes(part, inputs, outputs, small_dino):
         "dino": lambda: small_dino, "attention": lambda: hita.Attention(16, 2, True, 0.0),
         "extractor": lambda: hita.QueryExtractor(TINY),
         "extractor with DINOv2": lambda: hita.QueryExtractor(TINY_U),
+        "centring": lambda: hita.Centring(6, 12),
         "quantizer": lambda: hita.VectorQuantizer(32, 8),
         "quantizer that revives": lambda: hita.RevivingQuantizer(32, 8),
         "fusion": lambda: hita.Fusion(TINY), "tokenizer": tiny,
@@ -129,6 +133,7 @@ def test_shapes(part, inputs, outputs, small_dino):
         "tokenizer without globals": lambda: tiny(num_global=0, k=0),
         "discriminator": hita.PatchDiscriminator, "llama": tiny_llama,
         "llama without globals": lambda: tiny_llama(num_global=0),
+        "llama with 64 globals codes": lambda: tiny_llama(global_codebook_size=64),
         "llama generates": lambda: tiny_llama().generate}[part]
     tensors = [torch.randn(x).clamp(-1, 1) if isinstance(x, tuple) and len(x) > 2 else x
                for x in inputs]
@@ -177,7 +182,7 @@ def test_contradictory_tokenizer_settings_are_refused(changes):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(codebook_size=0), dict(k=-1), dict(beta=-1.0), dict(dropout=1.0), dict(layers=-1),
+    dict(patch_codebook_size=0), dict(k=-1), dict(beta=-1.0), dict(dropout=1.0), dict(layers=-1),
     dict(beta=float("nan")), dict(channel_mult=(1, 0))])
 def test_numbers_out_of_range_are_refused(changes):
     with pytest.raises(hita.HitaError, match=next(iter(changes))):
@@ -199,7 +204,38 @@ def test_every_setting_is_read(config, files):
         assert used, f"{field.name} is never read"
 
 
-# ---- quantizer ---------------------------------------------------------------
+# ---- centring and quantizer --------------------------------------------------
+
+@pytest.mark.parametrize("positions", [6, 1])
+def test_centring_is_batch_norm_of_each_position_or_of_all(positions):
+    norm, centring = nn.BatchNorm1d(positions * 3, 1e-5, 0.01, False), hita.Centring(positions, 3)
+    flat = lambda z: z.reshape(-1, positions * 3)
+    for _ in range(3):
+        z, weight = 3 * torch.randn(4, 6, 3) + torch.randn(6, 3), torch.randn(4, 6, 3)
+        z, reference = z.clone().requires_grad_(), z.clone().requires_grad_()
+        found, expected = centring(z), norm(flat(reference))
+        assert torch.allclose(flat(found), expected, atol=1e-5)
+        (found * weight).sum().backward()
+        (expected * flat(weight)).sum().backward()
+        assert torch.allclose(z.grad, reference.grad, atol=1e-5)
+    assert torch.allclose(centring.mean.flatten(), norm.running_mean, atol=1e-6)
+    assert torch.allclose(centring.var.flatten(), norm.running_var, atol=1e-6)
+    state = copy.deepcopy(centring.state_dict())
+    with torch.no_grad():  # encode uses the statistics in training mode, too, and moves nothing
+        assert torch.allclose(flat(centring(z)), norm.eval()(flat(z)), atol=1e-5)
+    assert torch.allclose(flat(centring.eval()(z)), norm(flat(z)), atol=1e-5)
+    assert all(map(torch.equal, state.values(), centring.state_dict().values()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert centring(z.bfloat16()).dtype == torch.float32
+    with pytest.raises(hita.HitaError, match="two pictures"):
+        centring.train()(z[:1])
+
+
+def test_centring_is_absent_where_it_is_off():
+    names = lambda tokenizer: {name for name in tokenizer.state_dict() if "centring" in name}
+    assert not names(tiny()) and len(names(tiny(centre=True))) == 4
+    assert len(names(tiny(centre=True, num_global=0, k=0))) == 2
+
 
 def test_quantizer_takes_the_nearest_code_and_passes_the_gradient_straight_through():
     vq = hita.VectorQuantizer(32, 4)
@@ -278,9 +314,14 @@ def test_another_quantizer_needs_two_methods_only(monkeypatch):
     assert torch.allclose(tokenizer.decode(*tokenizer.encode(images)), out.recon, atol=1e-5)
 
 
-def test_usage_and_perplexity():
-    figures = hita.usage("x", torch.tensor([3.0, 3.0, 0.0, 0.0]))
-    assert figures == {"x_use": 0.5, "x_ppl": pytest.approx(2.0)}
+def test_bits_are_those_of_a_position_however_many_codes_are_in_use():
+    constant = torch.arange(16).expand(1000, -1)  # a code for each position, whatever the picture
+    figures = hita.usage("x", hita.count_ids(constant, 32))
+    assert figures == {"x_use": 0.5, "x_bits": 0.0}
+    ids = torch.stack([torch.arange(1000) % 8, torch.arange(1000) % 2], dim=1)
+    counts = hita.count_ids(ids, 32)
+    assert counts.sum() == 2000 and counts[1, :2].tolist() == [500, 500]
+    assert hita.usage("x", counts) == {"x_use": 8 / 32, "x_bits": pytest.approx((3 + 1) / 2)}
 
 
 # ---- what sees what ----------------------------------------------------------
@@ -624,7 +665,7 @@ def test_llama_draws_a_picture_alike_whatever_is_made_beside_it():
 
 
 def test_llama_tokens_are_drawn_with_their_probabilities():
-    llama = tiny_llama(num_global=0, grid=1, codebook_size=4, num_classes=1)
+    llama = tiny_llama(num_global=0, grid=1, patch_codebook_size=4, num_classes=1)
     class_ids = ids(20_000)
     _, drawn = llama.generate(class_ids)
     logits = llama(class_ids[:1], ids(1, 0), ids(1, 1))[1]
@@ -692,6 +733,8 @@ def test_llama_says_which_classes_it_cannot_draw(classes):
 
 
 def test_llama_released_sampling_looks_up_the_last_global_token_in_the_patch_table():
+    with pytest.raises(hita.HitaError, match="one size"):
+        tiny_llama(global_codebook_size=16).generate(ids(1), released_sampling=True)
     llama, class_ids = tiny_llama(), torch.arange(5)
     g, p = llama.generate(class_ids, top_k=1, released_sampling=True)
     x = torch.cat([llama.class_embedding(class_ids)[:, None], llama.global_embedding(g[:, :-1]),
@@ -1004,7 +1047,7 @@ def test_embedded_data():
     train, val = hita.Pictures(root, "train", 64), hita.Pictures(root, "val", 64)
     assert (len(train), len(val), len(train.classes)) == (6230, 365, 50)
     image, label = val[0, 0]
-    assert image.shape == (3, 64, 64) and image.min() >= -1 and image.max() == 1 and label == 0
+    assert image.shape == (3, 64, 64) and -1 <= image.min() < image.max() <= 1 and label == 0
     assert torch.equal(val[1, 0][0], image.flip(-1))
 
 
@@ -1124,7 +1167,7 @@ def test_log_counts_steps_however_often_something_is_added(tmp_path, monkeypatch
     monkeypatch.setattr(hita.time, "time", lambda: next(clock))
     log = hita.Log(tmp_path / "x.jsonl", steps=5, start=1)
     for value in (1.0, 2.0, 3.0, 4.0):  # two a step
-        log.add({"loss": torch.tensor(value), "ids": torch.tensor([value, 0.0])})
+        log.add({"loss": torch.tensor(value), "ids": torch.tensor([[value, 0.0]])})
     log.write(3, batch_size=10)
     lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 3]  # later ones and a broken one are gone
@@ -1188,8 +1231,8 @@ def test_token_cache_is_reused_goes_on_and_is_made_anew_when_anything_changes(tm
 
 SMALL = [
     "--image-size", 24, "--channels", 8, "--channel-mult", "1,1,2", "--latent-dim", 16,
-    "--layers", 1, "--num-global", 6, "--codebook-size", 32, "--k", 2, "--batch-size", 4,
-    "--log-every", 2, "--eval-every", 4, "--gan-start", 4, "--gan-width", 8, "--steps", 4]
+    "--layers", 1, "--num-global", 6, "--global-codebook-size", 32,
+    "--patch-codebook-size", 16, "--k", 2, "--batch-size", 4, "--log-every", 2, "--eval-every", 4, "--gan-start", 4, "--gan-width", 8, "--steps", 4]
 SMALL_AR = ["--dim", 24, "--layers", 1, "--heads", 2, "--batch-size", 4, "--log-every", 2,
             "--eval-every", 2, "--steps", 4]
 
@@ -1241,10 +1284,11 @@ def test_scripts_tokenizer_in_two_processes_equals_one(script, tmp_path):
     script("train_tokenizer.py", *flags, "--out", "one")
     result = shell("train_tokenizer.py", *flags, "--out", tmp_path / "two", processes=2)
     assert result.returncode == 0 and "FutureWarning" not in result.stderr, result.stderr
-    # the discriminator, whose batch statistics are per process, comes in at the last step only
+    # centring is on, as in the demo; the discriminator, whose batch statistics are per process,
+    # comes in at the last step only
     log = same_figures(Path("one/tokenizer.jsonl"), Path("two/tokenizer.jsonl"), "rec", "codebook")
     assert {"loss", "rec", "codebook", "adv", "disc", "D(real)", "D(fake)", "grad", "global_use",
-            "global_ppl", "patch_use", "patch_ppl"} <= set(log[1])
+            "global_bits", "patch_use", "patch_bits"} <= set(log[1])
     assert log[2]["step"] == 4 and "psnr" in log[2] and Path("one/tokenizer-000004.png").exists()
 
 
@@ -1266,7 +1310,7 @@ def test_scripts_llama_in_two_processes_equals_one_and_samples(script, tmp_path)
 
 @pytest.mark.parametrize("command, message", [
     ("train_tokenizer.py --preset hita-w", "hita-w"), ("train_tokenizer.py --k 99", "num_global"),
-    ("train_tokenizer.py --codebok-size 5", "--codebook-size"), ("train_ar.py --heads 5", "heads"),
+    ("train_tokenizer.py --patch-codebok-size 5", "--patch-codebook-size"), ("train_ar.py --heads 5", "heads"),
     ("train_tokenizer.py --heads 0", "heads"), ("train_ar.py --heads 0", "heads"),
     ("train_tokenizer.py --preset", "--preset"), ("train_tokenizer.py --npz x", "--eval"),
     ("train_tokenizer.py --device meta", "meta"), ("train_ar.py --seed 99999999999", "seed"),
@@ -1447,6 +1491,8 @@ def test_fine_tuning_the_tokenizer_takes_weights_and_discriminator(script):
     script("train_tokenizer.py", *flags, "--k", 3)  # k may change
     with pytest.raises(hita.HitaError, match="does not fit"):
         script("train_tokenizer.py", *flags, "--out", "third", "--latent-dim", 32)
+    with pytest.raises(hita.HitaError, match="with centring.*--centre"):
+        script("train_tokenizer.py", *flags, "--out", "third", "--no-centre")
 
 
 def test_fine_tuning_the_llama_starts_other_classes_anew(tmp_path):
@@ -1607,6 +1653,19 @@ def test_distance_between_files_and_folders(script, vit_file, small_dino, capsys
             distance("a.npz", wrong)
 
 
+def test_swap_is_psnr_where_the_decoder_ignores_the_globals(script):
+    data, tokenizer = hita.Pictures("data", "val", 16), tiny()
+    nn.init.normal_(tokenizer.decoder.conv_out.weight, std=0.2)
+    _, *ids = train_tokenizer.encode_all(tokenizer, data, list(range(len(data))), 0)
+    ids[0] = torch.randint(32, ids[0].shape)  # globals that would have bits
+    plain = torch.cat([hita.psnr(data[0, i][0][None], tokenizer.decode(ids[0][[i]], ids[1][[i]]))
+                       for i in range(len(data))]).mean().item()
+    assert abs(train_tokenizer.swap(tokenizer, data, *ids, 0) - plain) > 1e-3
+    nn.init.zeros_(tokenizer.global_up.weight)
+    plain = train_tokenizer.evaluate(tokenizer, data, Path("x.png"), 0)["psnr"]
+    assert train_tokenizer.swap(tokenizer, data, *ids, 0) == pytest.approx(plain, abs=1e-4)
+
+
 def test_linear_probe_finds_the_optimum_that_scipy_finds():
     centres = torch.randn(3, 4)
     y, val_y = torch.arange(60) % 3, torch.arange(300) % 3
@@ -1634,9 +1693,9 @@ def test_ablations_work_from_training_to_evaluation(flags, script, vit_file, sma
     script("sample.py", "--class", 1, "--num", 2)
     script("sample.py", "--complete", "data/val/class0/0.png", "--class", "1", "--num", 2)
     line, = figures(Path("out/eval.jsonl"))
-    assert {"psnr", "patch_use", "patch_ppl", "probe_patch", "probe_chance"} <= set(line)
+    assert {"psnr", "patch_use", "patch_bits", "probe_patch", "probe_chance"} <= set(line)
     assert line["pictures"] == 30
-    assert ("probe_global" in line and "global_use" in line) == (line["M"] > 0)
+    assert {"probe_global", "global_bits", "swap"} <= set(line) or line["M"] == 0
     originals, recon = (np.load(f"out/val-{kind}.npz")["arr_0"]
                         for kind in ("originals", "reconstructions"))
     assert originals.shape == recon.shape == (30, 24, 24, 3)

@@ -54,7 +54,8 @@ RECIPES = {size: Training() for size in hita.LLAMA_SIZES} | {
     "emoji": Training(
         steps=2000, batch_size=32, lr=3e-3, warmup=100, ema=0.99, sample_cfg=2.0, log_every=50,
         eval_every=500, keep_every=0, workers=0)}
-OF_THE_DATA = "num_classes", "num_global", "grid", "codebook_size"  # no flags of the Llama
+OF_THE_DATA = (  # no flags of the Llama
+    "num_classes", "num_global", "grid", "global_codebook_size", "patch_codebook_size")
 
 
 def main():
@@ -190,7 +191,7 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, 
         shape = copies * len(data), 1 + cfg.num_global + cfg.grid ** 2
         if not (known(path, shape) and note.exists() and note.read_text() == source):
             note.unlink(missing_ok=True)
-            largest = max(cfg.codebook_size, len(data.classes) + 1)
+            largest = max(cfg.global_codebook_size, cfg.patch_codebook_size, len(data.classes) + 1)
             dtype = np.uint16 if largest <= 65536 else np.int32
             np.lib.format.open_memmap(path, "w+", dtype, shape)
             note.write_text(source)
@@ -258,7 +259,8 @@ def start_from(llama: hita.Llama, path: str, classes: list[str]) -> None:
 
 @torch.no_grad()
 def evaluate(ema: hita.Llama, tokens: np.ndarray, device: torch.device) -> dict[str, float]:
-    """Mean loss per token in nats of both parts over the validation ids, beside ln V."""
+    """Mean losses in nats over the validation ids: of a global token, of a patch token and of all
+    tokens of a picture, beside what a guess without any knowledge costs for a picture."""
     total = torch.zeros(3, device=device)  # global, patch, number of pictures
     mine = tokens[hita.rank()::hita.world()]
     for i in range(0, len(mine), 64):
@@ -268,8 +270,11 @@ def evaluate(ema: hita.Llama, tokens: np.ndarray, device: torch.device) -> dict[
         total += len(class_ids) * figures
     total = hita.all_sum(total)
     global_loss, patch_loss = (total[:2] / total[2]).tolist()
-    both = {"val_global": global_loss} if ema.cfg.num_global else {}
-    return both | {"val_patch": patch_loss, "ln_V": math.log(ema.cfg.codebook_size)}
+    cfg, M, N = ema.cfg, ema.cfg.num_global, ema.cfg.num_patches
+    guess = M * math.log(cfg.global_codebook_size) + N * math.log(cfg.patch_codebook_size)
+    figures = {"val_global": global_loss} if M else {}
+    return figures | {"val_patch": patch_loss, "val_picture": M * global_loss + N * patch_loss,
+                      "guess_picture": guess}
 
 
 def sample_grid(ema: hita.Llama, tokenizer: hita.HitaTokenizer, recipe: Training,

@@ -157,7 +157,7 @@ def main():
         grad_norm = hita.optimizer_step(optimizer, tokenizer, recipe.clip)
         hita.update_ema(ema, tokenizer, recipe.ema)
         log.add({"loss": loss, **losses, "grad": grad_norm,
-                 **code_counts(result.global_ids, result.patch_ids, cfg.codebook_size)})
+                 **id_counts(result.global_ids, result.patch_ids, cfg)})
 
         # discriminator, on the same reconstructions
         if adversarial:
@@ -200,14 +200,17 @@ def generator_losses(images: Tensor, result: hita.TokenizerOutput, recipe: Train
     return losses
 
 
-def code_counts(global_ids: Tensor, patch_ids: Tensor, size: int) -> dict[str, Tensor]:
-    """Uses of each code (V,); without global tokens those of the patches only."""
-    ids = {"global": global_ids, "patch": patch_ids}
-    return {name: hita.count_ids(x, size) for name, x in ids.items() if x.shape[1]}
+def id_counts(global_ids: Tensor, patch_ids: Tensor,
+              cfg: hita.TokenizerConfig) -> dict[str, Tensor]:
+    """Counts (M, V) and (N, V) of ids at each position; without globals those of patches only."""
+    counts = {"patch": hita.count_ids(patch_ids, cfg.patch_codebook_size)}
+    if cfg.num_global:
+        counts["global"] = hita.count_ids(global_ids, cfg.global_codebook_size)
+    return counts
 
 
 def compile_parts(tokenizer: hita.HitaTokenizer, *others: nn.Module | None) -> None:
-    """Compile all but the quantizers, which stay in float32 and count codes."""
+    """Compile all but centring and quantizers, which stay in float32 and count codes."""
     parts = [tokenizer.encoder, tokenizer.decoder, tokenizer.dino, *others]
     if tokenizer.cfg.num_global:
         parts += [tokenizer.extractor, tokenizer.fusion]
@@ -221,6 +224,9 @@ def start_from(tokenizer: hita.HitaTokenizer, discriminator: nn.Module, path: st
     The released Hita-U was trained with a discriminator on DINO features, which is not here.
     """
     data = hita.read_checkpoint(path, "tokenizer")
+    theirs = data["config"].centre
+    hita.check(theirs == tokenizer.cfg.centre, f"{path} was trained {'with' if theirs else 'without'}"
+               f" centring, and goes on so: give --{'' if theirs else 'no-'}centre")
     hita.load_weights(tokenizer, data["ema"], path)
     if "main.0.weight" in data.get("discriminator", {}):
         hita.load_weights(discriminator, data["discriminator"], path)
@@ -231,12 +237,12 @@ def start_from(tokenizer: hita.HitaTokenizer, discriminator: nn.Module, path: st
 @torch.no_grad()
 def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, workers: int,
              perceptual: nn.Module | None = None, npz: str | None = None) -> dict[str, float]:
-    """PSNR in dB, LPIPS if there is a net for it, and use of both codebooks over a split.
+    """PSNR in dB and, if there is a net for it, LPIPS over a split.
 
     Pictures of 336 px are judged at 256, as in the released protocol. Writes originals beside
     reconstructions to `picture` and, with npz, all of them to two files.
     """
-    V, device = tokenizer.cfg.codebook_size, next(tokenizer.parameters()).device
+    device = next(tokenizer.parameters()).device
     mine = list(range(hita.rank(), len(data), hita.world()))
     loader = DataLoader(data, 16, sampler=[(0, i) for i in mine], num_workers=workers)
     size = {336: 256}.get(data.size, data.size)
@@ -245,8 +251,6 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
 
     # encoding in float32, or some ids would be others; the decoder may work in bfloat16
     totals = {name: torch.zeros((), device=device) for name in ("psnr", "lpips", "pictures")}
-    counts = code_counts(*[torch.zeros(0, n, dtype=torch.int64, device=device)
-                           for n in (tokenizer.cfg.num_global, 1)], V)
     progress = tqdm(loader, "evaluating", disable=hita.rank() > 0, leave=False)
     for n, (images, _) in enumerate(progress):
         images = images.to(device, memory_format=torch.channels_last)
@@ -258,8 +262,6 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
         totals["psnr"] += hita.psnr(*pair).sum()
         if perceptual:
             totals["lpips"] += perceptual(*pair) * len(images)
-        for name, hits in code_counts(*ids, V).items():
-            counts[name] += hits
         for array, pictures in zip(arrays, pair):
             pixels = hita.to_uint8(pictures).permute(0, 2, 3, 1)
             array[mine[16 * n:16 * n + 16]] = pixels.cpu().numpy()
@@ -271,8 +273,6 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
     figures = {"psnr": totals["psnr"] / totals["pictures"]}
     if perceptual:
         figures["lpips"] = totals["lpips"] / totals["pictures"]
-    for name, hits in counts.items():
-        figures |= hita.usage(name, hita.all_sum(hits))
     if hita.rank() == 0:
         shown = []
         for i in range(24):  # one by one, since large pictures need much memory
@@ -308,8 +308,7 @@ def evaluate_checkpoint(args) -> None:
         print(f"without LPIPS: {e}")
     out.mkdir(parents=True, exist_ok=True)
     figures = evaluate(tokenizer, val, out / "eval.png", workers, perceptual, args.npz)
-    if val.root != train.root:  # else the probes would be judged on what they were fitted to
-        figures |= probes(tokenizer, train, val, workers)
+    figures |= held_by_tokens(tokenizer, train, val, workers)
     line = {"tokenizer": str(path), "M": cfg.num_global, "k": cfg.k, "dino": cfg.dino,
             "pictures": len(val), **{name: round(value, 4) for name, value in figures.items()}}
     print(" ".join(f"{name} {value}" for name, value in line.items()))
@@ -318,33 +317,64 @@ def evaluate_checkpoint(args) -> None:
 
 
 @torch.no_grad()
-def probes(tokenizer: hita.HitaTokenizer, train: hita.Pictures, val: hita.Pictures,
-           workers: int) -> dict[str, float]:
-    """Share of validation pictures whose class a linear classifier finds in the quantized global
-    and in the quantized patch tokens; fitted to up to 20,000 training pictures. Chance is the
-    share of the most frequent class."""
-    device, features, labels = next(tokenizer.parameters()).device, {}, {}
-    for split, data in (("train", train), ("val", val)):
-        every = math.ceil(len(data) / 20_000) if split == "train" else 1
-        items = [(0, i) for i in range(0, len(data), every)]
-        loader = DataLoader(data, 16, sampler=items, num_workers=workers)
-        rows = []
-        for images, classes in tqdm(loader, f"encoding {split}", leave=False):
-            global_ids, patch_ids = tokenizer.encode(images.to(device))
-            classes = classes[:, None].to(device)
-            rows.append(torch.cat([classes, global_ids, patch_ids], dim=1))
-        M, N = tokenizer.cfg.num_global, tokenizer.cfg.grid ** 2
-        labels[split], global_ids, patch_ids = torch.cat(rows).split([1, M, N], dim=1)
-        labels[split] = labels[split].flatten()
-        features["patch", split] = tokenizer.patch_quantizer.lookup(patch_ids).flatten(1)
-        if tokenizer.cfg.num_global:
-            features["global", split] = tokenizer.global_quantizer.lookup(global_ids).flatten(1)
+def held_by_tokens(tokenizer: hita.HitaTokenizer, train: hita.Pictures, val: hita.Pictures,
+                   workers: int) -> dict[str, float]:
+    """Figures that tell what global and patch tokens hold, and whether the decoder listens.
+
+    use and bits: see hita.usage, over up to 20,000 training pictures. swap: PSNR in dB over the
+    validation pictures with the globals of the picture half the split further on; that of globals
+    which hold nothing, or are not listened to, is the plain PSNR. probe: share of validation
+    pictures whose class a linear classifier, fitted to those training pictures, finds in the
+    quantized tokens; chance is the share of the most frequent class.
+    """
+    every = math.ceil(len(train) / 20_000)
+    labels, *ids = encode_all(tokenizer, train, list(range(0, len(train), every)), workers)
     figures = {}
-    for kind in sorted({kind for kind, _ in features}):
-        found = linear_probe(features[kind, "train"], labels["train"], features[kind, "val"])
-        figures[f"probe_{kind}"] = (found == labels["val"]).float().mean().item()
-    most = labels["train"].mode().values
-    return figures | {"probe_chance": (labels["val"] == most).float().mean().item()}
+    for name, counts in id_counts(*ids, tokenizer.cfg).items():
+        figures |= hita.usage(name, counts)
+    val_labels, *val_ids = encode_all(tokenizer, val, list(range(len(val))), workers)
+    if tokenizer.cfg.num_global:
+        figures["swap"] = swap(tokenizer, val, *val_ids, workers)
+    if val.root == train.root:  # the probes would be judged on what they were fitted to
+        return figures
+
+    # linear probes
+    quantizers = {"patch": tokenizer.patch_quantizer}
+    if tokenizer.cfg.num_global:
+        quantizers = {"global": tokenizer.global_quantizer, **quantizers}
+    for name, quantizer in quantizers.items():
+        which = 0 if name == "global" else 1
+        x, val_x = [quantizer.lookup(some[which]).flatten(1) for some in (ids, val_ids)]
+        found = linear_probe(x, labels, val_x)
+        figures[f"probe_{name}"] = (found == val_labels).float().mean().item()
+    chance = (val_labels == labels.mode().values).float().mean().item()
+    return figures | {"probe_chance": chance}
+
+
+def encode_all(tokenizer: hita.HitaTokenizer, data: hita.Pictures, indices: list[int],
+               workers: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain pictures of these indices -> classes (n,), global ids (n, M), patch ids (n, N)."""
+    device = next(tokenizer.parameters()).device
+    loader = DataLoader(data, 16, sampler=[(0, i) for i in indices], num_workers=workers)
+    rows = []
+    for images, classes in tqdm(loader, "encoding", leave=False):
+        rows.append((classes.to(device), *tokenizer.encode(images.to(device))))
+    classes, global_ids, patch_ids = zip(*rows)
+    return torch.cat(classes), torch.cat(global_ids), torch.cat(patch_ids)
+
+
+def swap(tokenizer: hita.HitaTokenizer, data: hita.Pictures, global_ids: Tensor,
+         patch_ids: Tensor, workers: int) -> float:
+    """Mean PSNR in dB of the pictures of a split with the globals (n, M) of others among them."""
+    size = {336: 256}.get(data.size, data.size)
+    others = global_ids.roll(len(global_ids) // 2, dims=0)
+    loader = DataLoader(data, 16, sampler=[(0, i) for i in range(len(data))], num_workers=workers)
+    values = []
+    parts = zip(loader, others.split(16), patch_ids.split(16))
+    for (images, _), *ids in tqdm(parts, "swapping", total=len(loader), leave=False):
+        images, recon = images.to(others.device), tokenizer.decode(*ids)
+        values.append(hita.psnr(judged(images, size), judged(recon, size)))
+    return torch.cat(values).mean().item()
 
 
 @torch.enable_grad()
