@@ -10,7 +10,7 @@ its own code and the globals are needed:
       DINOv2                  frozen ViT, sees the image at 224 px      -> (B, 257, 1024)
       QueryExtractor          [M queries; DINOv2; N patches] bidirectional,
                               then [M queries; N patches] causal        -> (B, M, D), (B, N, D)
-      VectorQuantizer, twice  global and patch codebook, V codes each   -> ids (B, M), (B, N)
+      VectorQuantizer, twice  global and patch codebook of V codes      -> ids (B, M), (B, N)
       Fusion                  [M global; N patch] causal; of the states N in a row,
                               of which the first belongs to global M-k  -> (B, N, D)
       Decoder                 conv VQGAN                                -> (B, 3, H, W)
@@ -19,7 +19,7 @@ its own code and the globals are needed:
 
 Part 1 is Hita, in the order of the data: settings, encoder, DINOv2, query extractor, quantizer,
 fusion, tokenizer, losses, Llama. Part 2, below the banner, is what the scripts share: processes,
-flags, pictures, logs, checkpoints, released files. It can be left unread.
+presets, flags, pictures, logs, checkpoints, released files. It can be left unread.
 
 Letters in shape comments: B batch, H W pixels, h w patch grid, N = h*w patch tokens, M global
 tokens, D latent width, C code width (12 global, 8 patch), V codebook size, T sequence length,
@@ -130,25 +130,6 @@ class LlamaConfig:
     def num_patches(self) -> int:
         """Patch tokens N of a picture."""
         return self.grid ** 2
-
-
-TOKENIZERS = {
-    "hita-v": TokenizerConfig(),
-    "hita-u": TokenizerConfig(vfm_recon=True),
-    "emoji": TokenizerConfig(
-        image_size=64, channels=16, channel_mult=(1, 2, 4, 8), res_blocks=1, latent_dim=128,
-        layers=2, heads=4, dropout=0.0, num_global=16, global_codebook_size=512,
-        patch_codebook_size=16, centre=True, revive_codes=True, k=8, dino="none"),
-}
-
-LLAMA_SIZES = {  # the paper's names; in brackets its nominal size and the true parameter count
-    "B": dict(layers=12, heads=12, dim=768),      # (111M, 136.2M)
-    "L": dict(layers=24, heads=16, dim=1024),     # (343M, 376.6M)
-    "XL": dict(layers=36, heads=20, dim=1280),    # (775M, 816.8M)
-    "XXL": dict(layers=48, heads=24, dim=1536),   # (1.4B, 1461.5M)
-    "2B": dict(layers=48, heads=32, dim=1920),    # (2.0B, 2251.5M)
-    "emoji": dict(layers=4, heads=4, dim=128, dropout=0.0, token_dropout=0.0),
-}
 
 
 # ---- Convolutional encoder and decoder (VQGAN, Esser et al. 2021) ------------
@@ -454,15 +435,13 @@ class QueryExtractor(nn.Module):
 # ---- Centring and quantizer, used twice: for global and for patch tokens ------
 
 class Centring(nn.Module):
-    """Zero mean and unit variance over the batch: (B, T, C) -> (B, T, C) in float32. Not in the
-    paper, and off in the released models.
+    """BatchNorm1d without learned scale, over all processes: (B, T, C) -> (B, T, C) in float32.
 
-    All queries of one position share most of their direction, whatever the picture. If that took
-    part in choosing the code, the choice would be constant until the picture's share has grown,
-    which takes a longer training than a demo has; the decoder learns to ignore constants sooner.
+    Not in the paper, off in the released models. Why: the queries of one position share most of
+    their direction, whatever the picture, so that nearest codes are constant and the decoder soon
+    ignores them. What all share must not take part in choosing the code.
 
-    positions=M: each position has statistics of its own; 1: all share them. As BatchNorm1d without
-    learned scale, over all processes, also on CPUs. HitaError for a batch of one picture.
+    positions: T for statistics of each position, 1 for common ones. HitaError for a batch of one.
     """
 
     def __init__(self, positions: int, dim: int):
@@ -473,17 +452,16 @@ class Centring(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
             z, mean, var = z.float(), self.mean, self.var
-            # encode and evaluation use what training has seen, and do not add to it
+            # evaluation and encode use what training has seen, and do not add to it
             if self.training and torch.is_grad_enabled():
-                count = len(z) * world()
-                check(count > 1, "centring needs a batch of at least two pictures")
+                check(len(z) * world() > 1, "centring needs a batch of at least two pictures")
                 dims = (0,) if len(mean) > 1 else (0, 1)
-                # the gradient passes through both, otherwise the mean runs away
+                # the gradient passes through both; without it the mean runs away
                 mean = all_mean(z.mean(dims, keepdim=True))[0]  # (positions, C)
                 var = all_mean((z - mean).square().mean(dims, keepdim=True))[0]
-                count = count * z.shape[1] // len(mean)
+                n = world() * z[..., 0].numel() // len(mean)
                 self.mean.lerp_(mean.detach(), 0.01)
-                self.var.lerp_(var.detach() * count / (count - 1), 0.01)
+                self.var.lerp_(var.detach() * n / (n - 1), 0.01)
             return (z - mean) * (var + 1e-5).rsqrt()
 
 
@@ -965,13 +943,9 @@ class Llama(nn.Module):
         temperature, top_k, top_p: see filter_logits; top_k=1 is greedy. given (B, P): the first P
         ids. random (B, M + N): see random_numbers, which makes them of the seed. released_sampling:
         embed the last global token with the patch table, as the released sampling code does by
-        mistake; it needs codebooks of one size. Raises HitaError for that, and for classes that
-        the model does not have.
+        mistake. Raises HitaError for classes that the model does not have.
         """
         cfg, M = self.cfg, self.cfg.num_global
-        check(not released_sampling or cfg.global_codebook_size == cfg.patch_codebook_size,
-              f"released sampling looks a global id up in the patch table: it needs codebooks of "
-              f"one size, these are of {cfg.global_codebook_size} and {cfg.patch_codebook_size}")
         is_ids = isinstance(class_ids, Tensor) and class_ids.dtype == torch.int64
         check(is_ids and class_ids.dim() == 1, "class_ids must be an int64 tensor (B,), such as "
               "torch.tensor([207]); by name: torch.tensor([llama.classes.index(name)])")
@@ -1343,7 +1317,25 @@ def run_script(main) -> None:
         dist.destroy_process_group()
 
 
-# ---- Flags -------------------------------------------------------------------
+# ---- Presets and flags -------------------------------------------------------
+
+TOKENIZERS = {
+    "hita-v": TokenizerConfig(),
+    "hita-u": TokenizerConfig(vfm_recon=True),
+    "emoji": TokenizerConfig(
+        image_size=64, channels=16, channel_mult=(1, 2, 4, 8), res_blocks=1, latent_dim=128,
+        layers=2, heads=4, dropout=0.0, num_global=16, global_codebook_size=512,
+        patch_codebook_size=16, centre=True, revive_codes=True, k=8, dino="none"),
+}
+
+LLAMA_SIZES = {  # the paper's names; in brackets its nominal size and the true parameter count
+    "B": dict(layers=12, heads=12, dim=768),      # (111M, 136.2M)
+    "L": dict(layers=24, heads=16, dim=1024),     # (343M, 376.6M)
+    "XL": dict(layers=36, heads=20, dim=1280),    # (775M, 816.8M)
+    "XXL": dict(layers=48, heads=24, dim=1536),   # (1.4B, 1461.5M)
+    "2B": dict(layers=48, heads=32, dim=1920),    # (2.0B, 2251.5M)
+    "emoji": dict(layers=4, heads=4, dim=128, dropout=0.0, token_dropout=0.0),
+}
 
 MAY_BE_ZERO = {"dropout", "token_dropout", "class_dropout", "num_global", "k", "beta", "lr_final",
                "warmup", "weight_decay", "lpips_weight", "gan_weight", "keep_every", "workers",

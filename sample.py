@@ -7,7 +7,7 @@
     python sample.py --llama hita-u-l-250e --class 207 "tabby"
 
     python sample.py --reconstruct a.jpg b.png         pictures beside their reconstructions
-    python sample.py --style a.jpg b.jpg --from c.jpg  patch tokens of a and b, globals of c
+    python sample.py --style a.jpg b.jpg c.jpg         patch tokens of each, globals of each
     python sample.py --complete a.jpg --keep 0.5 --class flag       the lower half anew
     python sample.py --keep-globals --class fruit      what the tokens of a sample carry
 
@@ -75,7 +75,7 @@ def parse_args():
     add("--keep", type=float, default=0.5, help="share of the height given to --complete [0.5]")
     add("--globals", choices=("visible", "sampled", "full"), default="visible", help="global "
         "tokens of --complete: of the given part, the class, or (upper bound) all [visible]")
-    add("--from", nargs="+", metavar="IMG", dest="styles", help="global tokens of --style")
+    add("--from", nargs="+", metavar="IMG", dest="styles", help="global tokens of --style [the same]")
     add("--count", type=int, help="so many pictures over all classes, with --npz")
     add("--random-labels", action="store_true", help="of --count: classes at random [in turn]")
     add("--features", nargs="+", default=[hita.TokenizerConfig.dino], metavar="NAME [FILE]",
@@ -84,7 +84,7 @@ def parse_args():
     # one thing at a time
     use = parser.add_mutually_exclusive_group()
     use.add_argument("--reconstruct", nargs="+", metavar="IMG", help="encode and decode these")
-    use.add_argument("--style", nargs="+", metavar="IMG", help="decode with the globals of --from")
+    use.add_argument("--style", nargs="+", metavar="IMG", help="decode with the globals of others")
     use.add_argument("--complete", nargs="+", metavar="IMG", help="draw the lower part anew")
     use.add_argument("--keep-globals", action="store_true", help="a sample with other patch "
                      "tokens, and with other global tokens")
@@ -101,7 +101,7 @@ def parse_args():
             ("keep", 0 < args.keep < 1, "between 0 and 1"),
             ("count", args.count is None or args.count > 0, "positive")):
         hita.check(fits, f"--{name.replace('_', '-')} is {getattr(args, name)}, must be {needed}")
-    hita.check(bool(args.style) == bool(args.styles), "--style and --from belong together")
+    hita.check(args.style or not args.styles, "--from is for --style")
     hita.check(not args.count or args.npz, "--count needs --npz FILE")
     hita.check(not args.complete or args.classes, "--complete needs --class: one, or one for each")
     many = (args.complete or args.keep_globals) and args.num > CHUNK
@@ -180,6 +180,9 @@ def load(args, device: torch.device) -> tuple[hita.HitaTokenizer, hita.Llama, li
         theirs, ours = getattr(tokenizer.cfg, name), getattr(llama.cfg, name)
         hita.check(theirs == ours, f"{name} is {theirs} in {found} and {ours} in {path}: they do "
                                    "not belong together; name the right --tokenizer")
+    sizes = tokenizer.cfg.global_codebook_size, tokenizer.cfg.patch_codebook_size
+    hita.check(not args.released_sampling or sizes[0] == sizes[1], "--released-sampling looks a "
+               f"global id up in the patch table: it needs codebooks of one size, not {sizes}")
     if hita.rank() == 0:
         print(f"using {path} and {found}", flush=True)
     tokenizer.to(device, memory_format=torch.channels_last)
@@ -298,10 +301,12 @@ def reconstruct(args, device: torch.device) -> tuple[Tensor, int]:
 
 
 def transfer_style(args, device: torch.device) -> tuple[Tensor, int]:
-    """--style --from: styles on top, contents at the left, each with the globals of each style."""
+    """--style: a square with the pictures on top and at the left; inside it patch tokens of the
+    left picture, global tokens of the one on top. With --from the ones on top are others."""
     tokenizer = load_encoder(args, device)
     hita.check(tokenizer.cfg.num_global > 0, "this tokenizer has no global tokens to take")
-    contents, styles = read(args.style, tokenizer, device), read(args.styles, tokenizer, device)
+    contents = read(args.style, tokenizer, device)
+    styles = read(args.styles or args.style, tokenizer, device)
     global_ids, patch_ids = tokenizer.encode(styles)[0], tokenizer.encode(contents)[1]
     rows = [torch.ones_like(styles[:1]), styles]  # a white corner
     for content, ids in zip(contents, patch_ids):

@@ -733,8 +733,6 @@ def test_llama_says_which_classes_it_cannot_draw(classes):
 
 
 def test_llama_released_sampling_looks_up_the_last_global_token_in_the_patch_table():
-    with pytest.raises(hita.HitaError, match="one size"):
-        tiny_llama(global_codebook_size=16).generate(ids(1), released_sampling=True)
     llama, class_ids = tiny_llama(), torch.arange(5)
     g, p = llama.generate(class_ids, top_k=1, released_sampling=True)
     x = torch.cat([llama.class_embedding(class_ids)[:, None], llama.global_embedding(g[:, :-1]),
@@ -795,9 +793,9 @@ def test_golden_numbers_of_tiny_components(component):
 
 # ---- checkpoints -------------------------------------------------------------
 
-def save_tiny(folder: Path, tokenizer=None) -> tuple[hita.HitaTokenizer, hita.Llama]:
+def save_tiny(folder: Path, tokenizer=None, llama=None) -> tuple[hita.HitaTokenizer, hita.Llama]:
     """A tokenizer and a Llama that belong together, as the scripts leave them in a directory."""
-    tokenizer, llama = tokenizer or tiny(), tiny_llama()
+    tokenizer, llama = tokenizer or tiny(), llama or tiny_llama()
     llama.classes = list("abcde")
     llama.made_from = {"tokenizer": str(folder / "tokenizer.pt"),
                        "tokenizer_hash": hita.fingerprint(tokenizer)}
@@ -1329,7 +1327,7 @@ def test_scripts_llama_in_two_processes_equals_one_and_samples(script, tmp_path)
     ("train_ar.py --tokenizer assets/samples.png", "samples.png"), ("sample.py", "train_ar.py"),
     ("sample.py --temperature x", "x"), ("sample.py --image x.abc", "x.abc"),
     ("sample.py --seed -1", "--seed"), ("sample.py --count 5", "--npz"),
-    ("sample.py --style README.md", "--from"), ("sample.py --keep nan", "--keep"),
+    ("sample.py --from README.md", "--style"), ("sample.py --keep nan", "--keep"),
     ("sample.py --cfg-scale nan", "--cfg-scale"), ("sample.py --temperature 0", "--temperature"),
     ("sample.py --reconstruct README.md --keep-globals", "not allowed with"),
     ("sample.py --fd nowhere nowhere", "nowhere"), ("sample.py --complete README.md", "--class")])
@@ -1563,7 +1561,10 @@ def shown(script, tmp_path, monkeypatch):
 def test_style_with_the_own_globals_is_reconstruction_and_with_others_is_not(shown, capsys):
     pairs, columns = shown("--reconstruct", "a.png", "b.png")
     assert columns == 2 and capsys.readouterr().out.count(" dB") == 2
-    matrix, columns = shown("--style", "a.png", "b.png", "--from", "a.png", "b.png")
+    other, columns = shown("--style", "b.png", "--from", "a.png")
+    assert columns == 2 and len(other) == 4
+    matrix, columns = shown("--style", "a.png", "b.png")
+    assert torch.equal(other[3], matrix[7])
     assert columns == 3 and len(matrix) == 9
     assert torch.equal(matrix[[3, 6]], pairs[[0, 2]])  # the margins
     assert torch.equal(matrix[[1, 2]], pairs[[0, 2]])
@@ -1604,6 +1605,14 @@ def test_kept_globals(shown, monkeypatch):
     assert columns == 4 and torch.equal(pictures[0], pictures[4])  # the sample itself
     assert all(len(x.unique(dim=0)) == 1 for x in (same, same_patches))
     assert all(len(x.unique(dim=0)) == 4 for x in (globals_, patches))
+
+
+def test_released_sampling_needs_codebooks_of_one_size(tmp_path, script):
+    sizes = dict(global_codebook_size=16)
+    save_tiny(tmp_path / "out", tiny(**sizes), tiny_llama(**sizes))
+    script("sample.py", "--num", 1)
+    with pytest.raises(hita.HitaError, match=r"one size, not \(16, 32\)"):
+        script("sample.py", "--num", 1, "--released-sampling")
 
 
 def test_many_pictures_go_to_an_npz_file_whatever_the_number_of_processes(script, tmp_path):
