@@ -1072,11 +1072,16 @@ def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor
 # ==============================================================================
 
 import argparse
+import bisect
+import contextlib
+import copy
 import dataclasses
 import difflib
 import hashlib
 import importlib.util
 import inspect
+import io
+import itertools
 import json
 import os
 import re
@@ -1084,6 +1089,7 @@ import signal
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -1091,7 +1097,11 @@ import safetensors.torch
 import torch.distributed as dist
 import torchvision
 from huggingface_hub.utils import logging as hub_logging
-from PIL import Image, ImageOps
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+from PIL import ExifTags, Image, ImageCms
 
 
 class RevivingQuantizer(VectorQuantizer):
@@ -1271,12 +1281,15 @@ class Stop:
     """SIGTERM and Ctrl-C let the step end and the run be saved; a second Ctrl-C ends it at once."""
 
     def __init__(self):
-        self.signalled = torch.zeros(1)
+        self.signalled, self.saved = torch.zeros(1), False
         signal.signal(signal.SIGINT, self.handle)
         signal.signal(signal.SIGTERM, self.handle)
 
     def handle(self, number: int, frame) -> None:
         """Called by Python when a signal has come."""
+        if self.saved:
+            os.write(2, b"stopped during the evaluation: continue with --resume\n")
+            sys.exit(0)
         self.signalled += 1
         os.write(2, b"stopping after this step\n")
         if world() == 1:  # torchrun passes Ctrl-C on, so there it always comes twice
@@ -1285,6 +1298,13 @@ class Stop:
     def asked(self) -> bool:
         """Whether any process was told to stop; the same answer in all."""
         return all_sum(self.signalled.clone()).item() > 0
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """Within this a signal ends the run at once: its checkpoint has been written."""
+        self.saved = True
+        yield
+        self.saved = False
 
 
 def ignore_signals(worker: int) -> None:
@@ -1366,6 +1386,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Names the nearest flag where one is unknown."""
         wrong = re.search(r"unrecognized arguments: .*?(--[\w-]+)", message)
+        flag = re.search(r"argument .*?(--[\w-]+).*: expected .*one argument", message)
+        if flag or re.search(r"unrecognized arguments: -\w", message):
+            message += f"; a value that begins with - is given as {flag[1] if flag else '--flag'}=-..."
         near = difflib.get_close_matches(wrong[1], self._option_string_actions, 1) if wrong else []
         raise HitaError(message + (f"; did you mean {near[0]}?" if near else "; see --help"))
 
@@ -1374,6 +1397,8 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument
         add("--data", help="folder with train/<class>/<pictures> and val/... [embedded pictures]")
         add("--out", default="out", help="run directory [out]")
+        add("--export", metavar="FILE", help="write the weights of the run directory's checkpoint, "
+            "or that of --resume, as a file for others, and stop")
         add("--resume", nargs="?", const="", metavar="FILE",
             help="go on from this checkpoint, or from the run directory's if there is one")
         add("--init-from", metavar="FILE", help="start from these weights, a file or released name")
@@ -1421,9 +1446,12 @@ def override(settings, args: argparse.Namespace):
 EMOJI = Path(__file__).parent / "data" / "prints64.zip"
 
 
-def embedded_data() -> Path:
-    """The folder of the embedded emoji pictures, unpacked beside the zip at first use."""
+def embedded_data(out: str | Path = "out") -> Path:
+    """The folder of the embedded pictures, unpacked at first use: beside the zip or, where nothing
+    can be written there, below `out`."""
     folder = EMOJI.with_suffix("")
+    if not folder.is_dir() and not os.access(EMOJI.parent, os.W_OK):
+        folder = Path(out) / folder.name
     if rank() == 0 and not folder.is_dir():
         check(EMOJI.is_file(), f"{EMOJI} is missing; clone the repository again, or pass --data")
         temporary = folder.with_suffix(f".{os.getpid()}.tmp")
@@ -1434,15 +1462,92 @@ def embedded_data() -> Path:
     return folder
 
 
+NOT_DATA = {"@eaDir", "__MACOSX", "Thumbs.db"}  # what network drives and desktops leave; and .*
+
+
+def data_entries(folder: str | Path) -> list[os.DirEntry]:
+    """What is in a folder, by name, without what is hidden or left there by other programs."""
+    entries = [e for e in os.scandir(folder) if e.name[0] != "." and e.name not in NOT_DATA]
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+def picture_files(folder: str | Path, above: tuple[str, ...] = ()) -> list[str]:
+    """The picture files at any depth below a folder. Links are followed, unless they lead back."""
+    files, here = [], os.path.realpath(folder)
+    for entry in data_entries(folder) if here not in above else []:
+        if entry.is_dir():
+            files += picture_files(entry.path, (*above, here))
+        elif entry.name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS):
+            files.append(entry.path)
+    return files
+
+
+@lru_cache(8)
+def to_srgb(profile: bytes, mode: str):
+    """The transform of pictures with this colour profile and mode to sRGB, None if there is none to
+    make: the profile is sRGB, or broken."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return None
+        return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of integers beyond 8 bits or of floats -> grey with 8 bits, and alpha where one
+    value is transparent. 16-bit grey is divided by 257; of other kinds the least finite value
+    becomes black and the greatest white, since their range is anybody's guess."""
+    values, clear = np.asarray(image), image.info.get("transparency")
+    low, high = 0, 65535
+    if not image.mode.startswith("I;16") and image.format not in ("PNG", "PPM"):
+        finite = values[np.isfinite(values)].astype(np.float64)
+        low, high = (finite.min(), finite.max()) if len(finite) else (0, 1)
+    scaled = (np.nan_to_num(values.astype(np.float64), nan=low) - low) / max(high - low, 1e-30)
+    grey = Image.fromarray((scaled.clip(0, 1) * 255).round().astype(np.uint8))
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+           6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF orientation -> what undoes it
+
+
 def on_white(image: Image.Image) -> Image.Image:
-    """Any picture as RGB, upright as its EXIF data say, on white where it is transparent."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    """Any picture as RGB in sRGB: upright as its EXIF data say, its colour profile applied (a
+    broken one is left aside), on white where it is transparent; beyond 8 bits see eight_bits."""
+    image.load()  # PNG files may have all this at their end
+    profile = image.info.get("icc_profile")
+    try:  # nothing but the orientation: the rest of the block may be damaged
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged blocks raise nearly everything
+        turn = None
+    if image.mode[0] in "IF":
+        image = eight_bits(image)
+    if turn:
+        image = image.transpose(Image.Transpose[turn])
+
+    # colours and transparency apart, since profiles know nothing of the latter
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
+    transform = to_srgb(profile, image.mode) if profile else None
+    image = transform.apply(image) if transform else image.convert("RGB")
+    if alpha:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    return image
+
+
+def read_picture(picture: str | Path | Image.Image) -> Image.Image:
+    """A file or a PIL picture as on_white gives it; what damaged files raise is of any kind."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of what does no harm
+        if isinstance(picture, Image.Image):
+            return on_white(picture)
+        with Image.open(picture) as image:
+            return on_white(image)
 
 
 def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None = None,
@@ -1473,8 +1578,7 @@ def load_picture(picture: str | Path | Image.Image, size: int) -> Tensor:
     Raises HitaError if it cannot be read.
     """
     try:
-        image = picture if isinstance(picture, Image.Image) else Image.open(picture)
-        return to_tensor(crop_square(on_white(image), size))[None]
+        return to_tensor(crop_square(read_picture(picture), size))[None]
     except Exception as e:  # damaged files raise nearly everything
         raise HitaError(f"the picture {picture} cannot be read: {first_line(e)}") from e
 
@@ -1491,37 +1595,52 @@ def picture_grid(images: Tensor, columns: int = 8) -> Image.Image:
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 
-class Pictures(torchvision.datasets.ImageFolder):
+class Pictures(torch.utils.data.Dataset):
     """DIR/<split>/<class>/<picture>; an item (epoch, index) is an image (3, size, size) in [-1, 1]
-    and its class.
+    and its class. The classes are the folders in DIR/train, whatever the split.
 
     augment: crop and flip are drawn from (seed, epoch, index) and nothing else, so a resumed run
     sees the same pictures. Without it epoch 0 is the plain picture, 1 its mirror image, and later
-    ones are augmented. A picture that cannot be read is named, and the next stands in; with
+    ones are augmented. A picture that cannot be read is named, and one of its class stands in; with
     stand_in=False it is a grey one of class -1. HitaError if there are no pictures.
     """
 
     def __init__(self, root: str | Path, split: str, size: int, augment: bool = False,
                  crop_range: float = 1.0, seed: int = 0):
-        try:
-            super().__init__(Path(root) / split, allow_empty=True)
-        except FileNotFoundError as e:
-            raise HitaError(f"{first_line(e)}: pictures belong in {root}/train/<class>/") from e
-        check(len(self) > 0, f"no pictures in {self.root}/<class>/")
+        self.root, self.split, self.stand_in = Path(root) / split, split, True
         self.size, self.augment, self.crop_range, self.seed = size, augment, crop_range, seed
-        self.stand_in = True
+        remedy = f"pictures belong in {root}/train/<class>/"
+        for folder in (Path(root) / "train", self.root):
+            check(folder.is_dir(), f"there is no folder {folder}: {remedy}")
+        self.classes = [e.name for e in data_entries(Path(root) / "train") if e.is_dir()]
+        number = {name: i for i, name in enumerate(self.classes)}
+        files = picture_files(self.root)
+        names = [os.path.relpath(path, self.root).split(os.sep) for path in files]
+        self.samples = [(path, number[name[0]]) for path, name in zip(files, names)
+                        if len(name) > 1 and name[0] in number]
+        check(len(self) > 0, f"no pictures in {self.root}/<class>/: {remedy}")
+        if len(self) < len(files) and rank() == 0:
+            print(f"left out: {len(files) - len(self)} pictures in {self.root} that are not in the "
+                  f"folder of a class of {root}/train", file=sys.stderr, flush=True)
 
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        """The classes are those of train, in val too."""
-        return super().find_classes(Path(directory).parent / "train")
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def stand_ins(self, epoch: int, index: int) -> Iterator[int]:
+        """Pictures to take for one that cannot be read: those of its class in an order that follows
+        from (seed, epoch, index), and if there is none, all others."""
+        rng = np.random.default_rng((self.seed, epoch, index, 1))
+        first, end = (bisect.bisect_left(self.samples, self.samples[index][1] + more,
+                                         key=lambda sample: sample[1]) for more in (0, 1))
+        yield from rng.permutation(np.arange(first, end))
+        yield from rng.permutation(len(self))
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = item
-        for i in range(index, index + len(self)):
-            path, label = self.samples[i % len(self)]
+        for i in itertools.chain([index], self.stand_ins(epoch, index)):
+            path, label = self.samples[i]
             try:
-                with Image.open(path) as image:
-                    image = on_white(image)
+                image = read_picture(path)
                 break
             except Exception as e:  # damaged files raise nearly everything
                 print(f"skipped {path}: {first_line(e)}", file=sys.stderr, flush=True)
@@ -1537,20 +1656,26 @@ class Pictures(torchvision.datasets.ImageFolder):
         return to_tensor(pixels[:, ::-1] if flip else pixels), label
 
     def signature(self) -> list:
-        """What a cache made from these pictures depends on: names, sizes and dates of the files."""
+        """What a cache made from these pictures depends on: names, sizes and dates of the files
+        (behind links, too)."""
         stats = [(p, n, os.stat(p)) for p, n in self.samples if os.path.exists(p)]
         files = [[os.path.relpath(p, self.root), n, s.st_size, s.st_mtime_ns] for p, n, s in stats]
         return [files, self.size, self.crop_range, self.seed]
 
 
 def validation_pictures(train: Pictures) -> Pictures:
-    """The folder val beside train; where there is none, about 1,000 pictures of train, plain."""
-    root = Path(train.root).parent
-    if (root / "val").is_dir():
-        return Pictures(root, "val", train.size)
-    val = Pictures(root, "train", train.size)
-    val.samples = val.samples[::max(1, len(val) // 1000)]
-    return val
+    """The folder val (or valid, or validation) beside train; where there is none, about 1,000
+    pictures of train, plain."""
+    root = train.root.parent
+    for split in ("val", "valid", "validation"):
+        if (root / split).is_dir():
+            return Pictures(root, split, train.size)
+    if rank() == 0:
+        print(f"{root} has no folder val: figures called train_... are of training pictures",
+              flush=True)
+    some = copy.copy(train)
+    some.augment, some.samples = False, train.samples[::max(1, len(train) // 1000)]
+    return some
 
 
 @lru_cache(2)
@@ -1814,9 +1939,12 @@ def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str
         if wanted in (None, fingerprint(tokenizer)):
             return path, tokenizer
     same = {str(Path(place).resolve()): place for place in found}  # a file by two names counts once
-    raise HitaError("the Llama was trained on another tokenizer, or an earlier state of it, than "
-                    f"{' and '.join(same.values())}: name the right one with --tokenizer, or train "
-                    f"it anew with python train_ar.py --tokenizer {found[0]} --out NEW_DIR")
+    changed = "is not the tokenizer that the Llama was trained on"
+    if not flag and made_from.get("tokenizer") in found:
+        changed = "was trained on, or replaced, after the Llama had learned its ids"
+    raise HitaError(f"{' and '.join(same.values())} {changed}: train a Llama again with python "
+                    f"train_ar.py --tokenizer {found[0]} --out NEW_DIR, or name the right state "
+                    "with --tokenizer if it still exists")
 
 
 def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
@@ -1870,6 +1998,47 @@ def made_from(args: argparse.Namespace, earlier: dict) -> dict:
     flags = vars(args)
     paths = {name: flags.get(name) or earlier.get(name) for name in ("data", "dino_file")}
     return {name: path and os.path.abspath(path) for name, path in paths.items()}
+
+
+def data_root(args: argparse.Namespace, made_from: dict) -> Path:
+    """The folder of pictures. HitaError if it comes from a checkpoint and is not there any more."""
+    root = made_from["data"]
+    check(args.data or not root or Path(root).is_dir(), f"the checkpoint was made from pictures in "
+          f"{root}, which is not there now: say where they are with --data")
+    return Path(root) if root else embedded_data(args.out)
+
+
+def hold(out: Path, kind: str):
+    """Make a run directory and claim it, until the file that this gives is closed or the process
+    ends. HitaError if another process has claimed it."""
+    out.mkdir(parents=True, exist_ok=True)
+    if rank() > 0 or fcntl is None:
+        return None
+    file = open(out / f"{kind}.lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        file.seek(0)
+        raise HitaError(f"{out} is being written to by {file.read()}: let that end, or choose "
+                        "another directory with --out") from e
+    except OSError:  # a file system without locks
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.flush()
+    return file
+
+
+def export(args: argparse.Namespace, kind: str) -> None:
+    """--export: the weights of a run's model, without its optimizers and paths of this machine."""
+    data, path = read_checkpoint(args.resume or f"{args.out}/{kind}.pt", kind), Path(args.export)
+    check(not path.exists(), f"{path} exists already: choose another name, or remove it")
+    facts = {name: data[name] for name in ("kind", "step", "ema", "classes") if name in data}
+    made = {name: value for name, value in data["made_from"].items()
+            if name in ("pictures", "preset", "tokenizer_hash")}
+    made["data"] = "a folder elsewhere" if data["made_from"].get("data") else None
+    save_checkpoint(path, {**facts, "config": vars(data["config"]), "made_from": made})
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 def restore(saved: dict | None, parts: dict) -> int:

@@ -20,8 +20,11 @@ numbers of a picture follow from (seed, class, its number): the pictures of --nu
 """
 
 import difflib
+import io
+import os
 import re
 import time
+import unicodedata
 from functools import partial
 from pathlib import Path
 
@@ -121,14 +124,38 @@ def main():
             "keep_globals": keep_globals}
     use = next((name for name in uses if getattr(args, name)), "samples")
     image = Path(args.image or Path(args.out) / f"{use.replace('_', '-')}.png")
-    hita.check(image.suffix.lower() in Image.registered_extensions(),
-               f"--image is {image}, its ending must be that of a picture, as .png")
-    image.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(image, (8, 8))
     if use == "samples":
         return generate(args, device, image)
     pictures, columns = uses[use](args, device)
-    hita.picture_grid(pictures, columns).save(image)
+    save_grid(args, pictures, columns, image)
     print(image)
+
+
+def check_writable(image: Path, size: tuple[int, int]) -> None:
+    """HitaError, before any work is done, if a picture of this size cannot be written there."""
+    image.parent.mkdir(parents=True, exist_ok=True)
+    place = image if image.exists() else image.parent
+    hita.check(os.access(place, os.W_OK) and not image.is_dir(), f"--image {image} cannot be "
+               "written: choose another place")
+    try:
+        kind = Image.registered_extensions()[image.suffix.lower()]
+        Image.new("RGB", size).save(io.BytesIO(), kind)
+    except Exception as e:  # each kind has limits of its own
+        raise hita.HitaError(f"--image is {image}, which cannot hold a picture of {size[0]} x "
+                             f"{size[1]} pixels; choose a name that ends in .png") from e
+
+
+def save_grid(args, pictures: Tensor, columns: int, image: Path) -> None:
+    """Write a grid; where that fails after all, it is kept in the run directory."""
+    grid = hita.picture_grid(pictures, columns)
+    try:
+        grid.save(image)
+    except Exception as e:  # a disk, or a limit of the kind
+        kept = Path(args.out) / f"kept-{time.time():.0f}.png"
+        grid.save(kept)
+        raise hita.HitaError(f"cannot write {image} ({hita.first_line(e)}); the pictures are in "
+                             f"{kept}") from e
 
 
 def list_models() -> None:
@@ -140,15 +167,16 @@ def list_models() -> None:
 def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
     """Class names or indices as typed -> indices; twelve, spread over all, where none is asked.
 
-    Raises HitaError for one that the model does not have.
+    A number is a name where there is such a name. Raises HitaError for a class that there is not.
     """
     if asked is None:
         count = min(12, len(names))
         return [i * len(names) // count for i in range(count)]
     hint = "" if len(names) == 1000 else f"; for ImageNet's 1,000 add --llama {DEFAULT}"
+    names = [unicodedata.normalize("NFC", name) for name in names]
     plain = [name.lower().replace("_", " ") for name in names]
     indices = []
-    for word in asked:
+    for word in (unicodedata.normalize("NFC", word) for word in asked):
         typed = word.lower().replace("_", " ")
         same = [i for i, name in enumerate(names) if name == word]
         same = same or [i for i, name in enumerate(plain) if name == typed]
@@ -158,6 +186,8 @@ def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
             hita.check(0 <= int(word) < len(names), f"class {word} is out of range, this model has "
                                                     f"classes 0 to {len(names) - 1}{hint}")
             same = [int(word)]
+        if same and word.isdecimal() and any(name.isdecimal() for name in names):
+            print(f"class {word}: name {names[same[0]]}, index {same[0]}", flush=True)
         if not same:
             near = difflib.get_close_matches(typed, plain, n=3, cutoff=0.4) or plain[:3]
             near += [name for name in plain if typed in name.split() and name not in near][:3]
@@ -239,6 +269,8 @@ def generate(args, device: torch.device, image: Path) -> None:
     if args.npz:
         array = hita.picture_array(Path(args.npz), len(class_ids), size)
     else:
+        rows = -(-len(class_ids) // args.num)
+        check_writable(image, ((size + 2) * args.num + 2, (size + 2) * rows + 2))
         array = np.empty((len(class_ids), size, size, 3), np.uint8)
     start, draw = time.time(), drawing(args, llama)
     for first in range(hita.rank() * CHUNK, len(class_ids), hita.world() * CHUNK):
@@ -249,21 +281,28 @@ def generate(args, device: torch.device, image: Path) -> None:
     if args.npz:
         hita.pack_pictures(Path(args.npz), array)
     else:
-        hita.picture_grid(torch.from_numpy(array).permute(0, 3, 1, 2), args.num).save(image)
         if args.single:
-            write_single(array, [llama.classes[c] for c in class_ids.tolist()], image)
+            write_single(array, class_ids.tolist(), llama.classes, image)
+        save_grid(args, torch.from_numpy(array).permute(0, 3, 1, 2), args.num, image)
     seconds = time.time() - start
     if hita.rank() == 0:
         print(f"{len(class_ids)} pictures in {seconds:.1f} s ({len(class_ids) / seconds:.2f} "
               f"images/s): {args.npz or image}")
 
 
-def write_single(array: np.ndarray, names: list[str], image: Path) -> None:
-    """Each picture as <class>-<number>.png in a folder beside the grid."""
-    image.with_suffix("").mkdir(exist_ok=True)
-    for i, (pixels, name) in enumerate(zip(array, names)):
-        name = re.sub(r"[^\w.-]", "_", name)[:60]  # no names that lead elsewhere
-        Image.fromarray(pixels).save(image.with_suffix("") / f"{name}-{i:04d}.png")
+def write_single(array: np.ndarray, class_ids: list[int], classes: list[str],
+                 image: Path) -> None:
+    """Each picture as <class>-<number>.png in a folder beside the grid, instead of the files of
+    such names that were there."""
+    folder = image.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    names = [re.sub(r"[^\w.-]", "_", name)[:60] for name in classes]  # that do not lead elsewhere
+    for file in folder.glob("*-*.png"):
+        name, number = file.stem.rsplit("-", 1)
+        if name in names and re.fullmatch(r"\d{4,}", number):
+            file.unlink()
+    for i, (pixels, c) in enumerate(zip(array, class_ids)):
+        Image.fromarray(pixels).save(folder / f"{names[c]}-{i:04d}.png")
 
 
 # ---- Uses of pictures that you have; each gives (pictures, columns of the grid)
@@ -326,6 +365,7 @@ def complete(args, device: torch.device) -> tuple[Tensor, int]:
     hita.check(len(chosen) in (1, len(args.complete)), f"{len(chosen)} classes for "
                f"{len(args.complete)} pictures; --class wants one, or one for each")
     cfg, images = with_dino(args, tokenizer).cfg, read(args.complete, tokenizer, device)
+    hita.check(cfg.grid > 1, "this tokenizer has one row of patches: there is nothing to complete")
     lines = round(args.keep * cfg.grid)  # rows of cells that are given
     hita.check(0 < lines < cfg.grid, f"--keep {args.keep} gives {lines} of {cfg.grid} rows of "
                "patches; at least one must be given and one drawn")
@@ -384,12 +424,11 @@ def print_distance(args, device: torch.device) -> None:
         print("with fewer pictures than features the distance is much too large")
 
 
-def picture_set(source: str) -> list[Path] | np.ndarray:
+def picture_set(source: str) -> list[str] | np.ndarray:
     """The picture files below a folder, or the uint8 pictures (n, H, W, 3) of an .npz file."""
-    endings = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
     hita.check(Path(source).exists(), f"there is neither a folder nor a file {source}")
     if Path(source).is_dir():
-        pictures = [p for p in sorted(Path(source).rglob("*")) if p.suffix.lower() in endings]
+        pictures = hita.picture_files(source)
     else:
         try:
             pictures = np.load(source, allow_pickle=False)["arr_0"]
@@ -405,7 +444,7 @@ def features(pictures, dino: hita.DINOv2, device: torch.device) -> np.ndarray:
     """Class tokens (n, dim) of pictures, brought to 224 px by the evaluation crop."""
     rows = []
     for first in tqdm(range(0, len(pictures), CHUNK), "features", leave=False):
-        some = [p if isinstance(p, Path) else Image.fromarray(p)
+        some = [p if isinstance(p, str) else Image.fromarray(p)
                 for p in pictures[first:first + CHUNK]]
         images = torch.cat([hita.load_picture(p, dino.SIZE) for p in some])
         rows.append(dino(images.to(device))[:, 0].cpu().double().numpy())

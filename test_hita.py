@@ -16,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import huggingface_hub
@@ -28,7 +29,7 @@ import scipy.optimize
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageCms
 from torch import nn
 
 import hita
@@ -888,7 +889,7 @@ def test_a_llama_finds_its_tokenizer_by_the_hash_of_the_weights(tmp_path):
         assert path == right and torch.equal(found.patch_up.weight, tokenizer.patch_up.weight)
     (tmp_path / "a").rename(tmp_path / "moved")  # the whole directory went elsewhere
     assert find(None, tmp_path / "moved/tokenizer.pt")[0] == str(tmp_path / "moved/tokenizer.pt")
-    with pytest.raises(hita.HitaError, match="another tokenizer.*train_ar.py.*--out"):
+    with pytest.raises(hita.HitaError, match="(not the tokenizer|after the Llama).*train_ar.py.*--out"):
         find(None, wrong)
     for flag in ("typo.pt", None):
         with pytest.raises(hita.HitaError, match="no tokenizer checkpoint"):
@@ -1099,6 +1100,101 @@ def test_transparent_pictures_get_a_white_ground_and_broken_ones_are_named(tmp_p
             hita.load_picture(tmp_path / name, 16)
 
 
+def test_float_and_integer_pictures_span_their_own_range_and_grey_may_be_transparent(tmp_path):
+    ramp = np.linspace(0, 1, 16).reshape(4, 4)
+    holes = np.where(ramp > 0.9, np.nan, ramp)
+    for values in (1e-3 * ramp.astype(np.float32), -5 + ramp.astype(np.float32),
+                   (70_000 + 900_000 * ramp).astype(np.int32)):
+        Image.fromarray(values).save(tmp_path / "x.tif")
+        found = np.asarray(hita.read_picture(tmp_path / "x.tif"))[..., 0]
+        assert np.abs(found - 255 * ramp).max() <= 1
+    Image.fromarray(holes.astype(np.float32)).save(tmp_path / "x.tif")
+    found = np.asarray(hita.read_picture(tmp_path / "x.tif"))[..., 0]
+    assert found.max() == 255 and found[0, 0] == found[3, 3] == 0
+    grey = Image.fromarray((1000 + 500 * np.arange(16).reshape(4, 4)).astype(np.uint16))
+    grey.save(tmp_path / "x.png", transparency=1500)
+    found = np.asarray(hita.read_picture(tmp_path / "x.png"))[0, :, 0]
+    assert found.tolist() == [4, 255, 8, 10]
+
+
+def rgb_profile() -> bytes:
+    """An ICC profile of a space in which red and green are each other: sRGB's, two tags swapped."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {bytes(profile[i:i + 4]): i for i in range(132, 132 + 12 * profile[131], 12)}
+    red, green = tags[b"rXYZ"] + 4, tags[b"gXYZ"] + 4
+    profile[red:red + 8], profile[green:green + 8] = profile[green:green + 8], profile[red:red + 8]
+    return bytes(profile).replace(b"s\0R\0G\0B", b"m\0i\0n\0e")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+def test_colour_profiles_are_applied_and_broken_ones_left_aside(mode, tmp_path):
+    colours = {"sRGB": (250, 20, 30), "mine": (250, 20, 30), "broken": (250, 20, 30)}
+    sRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for name, icc in (("sRGB", sRGB), ("mine", rgb_profile()), ("broken", b"nothing")):
+        image = Image.new("RGB", (8, 8), colours[name]).convert(mode)
+        image.save(tmp_path / "x.png", icc_profile=icc)
+        colours[name] = hita.read_picture(tmp_path / "x.png").getpixel((0, 0))
+    assert colours["sRGB"] == colours["broken"] == image.convert("RGB").getpixel((0, 0))
+    # red of that space is our green; a profile of colours says nothing of a grey picture
+    r, g, b = colours["mine"]
+    assert r == g == b if mode == "L" else g > 240 > 40 > r
+
+
+def test_damaged_exif_blocks_and_pillows_warnings_do_no_harm(tmp_path, recwarn):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 0.5  # orientation, a rational
+    block = bytearray(exif.tobytes())
+    block[-8:] = b"\xff" * 8
+    wide = Image.new("RGB", (8, 4), "red")
+    for name, data in (("odd", bytes(block)), ("cut", bytes(block[:-12])), ("none", b"Exif\0\0MM")):
+        wide.save(tmp_path / "x.jpg", exif=data)
+        size = hita.read_picture(tmp_path / "x.jpg").size
+        assert size == ((8, 4) if name == "none" else (4, 8))
+    wide.quantize(4).save(tmp_path / "x.png", transparency=b"\0\xff")
+    hita.read_picture(tmp_path / "x.png")
+    assert not recwarn.list
+
+
+def test_what_is_hidden_or_left_by_other_programs_is_no_data_and_links_are_followed(tmp_path, capfd):
+    root = picture_folder(tmp_path / "data")
+    some = (root / "train/class0/0.png").read_bytes()
+    for name in ("class0/._0.png", ".cache/0.png", "class0/.ipynb_checkpoints/0.png", "@eaDir/0.png",
+                 "class1/@eaDir/0.png", "__MACOSX/class0/0.png", "class1/Thumbs.db/0.png"):
+        (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "train" / name).write_bytes(some)
+    assert hita.Pictures(root, "train", 16).classes == [f"class{i}" for i in range(5)]
+    assert len(hita.Pictures(root, "train", 16)) == 12 and not capfd.readouterr().err
+    (tmp_path / "more/deep").mkdir(parents=True)
+    for place in (tmp_path / "more/deep/x.png", root / "train/loose.png"):
+        place.write_bytes(some)
+    (root / "train/class0/link").symlink_to(tmp_path / "more")
+    (tmp_path / "more/deep/back").symlink_to(root / "train/class0")
+    (tmp_path / "more/up").symlink_to(tmp_path / "more")
+    assert len(hita.Pictures(root, "train", 16)) == 12 + 1
+    assert "1 pictures in" in capfd.readouterr().err
+    data = hita.Pictures(root, "train", 16)
+    before = data.signature()
+    os.utime(tmp_path / "more/deep/x.png", (1, 1))
+    assert data.signature() != before
+
+
+def test_bad_pictures_are_replaced_by_others_of_their_class(tmp_path, capfd):
+    data = hita.Pictures(picture_folder(tmp_path, 40, 2), "train", 16)
+    bad = [i for i in range(20, 40) if i not in (25, 30, 38)]  # of the last class
+    for i in bad:
+        Path(data.samples[i][0]).write_bytes(b"")
+    taken = [tuple(data[epoch, i][0].flatten()[:5].tolist()) for epoch in range(8) for i in bad]
+    assert [data[0, i][1] for i in bad] == [1] * len(bad)
+    data.augment = True
+    same = data[3, bad[0]][0], data[3, bad[0]][0]
+    assert torch.equal(*same)
+    plain = [tuple(data[0, i][0].flatten()[:5].tolist()) for i in (25, 30, 38)]
+    data.augment = False
+    plain = [tuple(data[0, i][0].flatten()[:5].tolist()) for i in (25, 30, 38)]
+    first = taken[:len(bad)]  # of epoch 0, where pictures are as they are
+    assert set(first) == set(plain) and max(map(first.count, plain)) < 0.8 * len(first)
+
+
 def test_bad_pictures_are_named_and_replaced(tmp_path, capfd):
     root = picture_folder(tmp_path)
     folder = root / "train/class0"
@@ -1114,7 +1210,7 @@ def test_bad_pictures_are_named_and_replaced(tmp_path, capfd):
     loader = torch.utils.data.DataLoader(data, 1, sampler=items, num_workers=2)
     images = [image[0] for image, _ in loader]
     assert len(images) == 12 + 5 and all(image.shape == (3, 16, 16) for image in images)
-    assert torch.equal(images[0], images[1])  # 0.png gives way to the next
+    assert any(torch.equal(images[0], image) for image in images[1:6])  # one of its class
     said = capfd.readouterr().err
     assert all(f"class0/{name}: " in said for name in bad)
     data.stand_in = False
@@ -1139,9 +1235,13 @@ def test_validation_pictures_have_the_classes_of_train(tmp_path):
     (root / "val/class0").rename(tmp_path / "away")
     labels = {n for _, n in hita.validation_pictures(hita.Pictures(root, "train", 16)).samples}
     assert labels == {1, 2, 3, 4}
-    (root / "val").rename(tmp_path / "away2")
-    train = hita.Pictures(root, "train", 16)
-    assert hita.validation_pictures(train).samples == train.samples
+    train = hita.Pictures(root, "train", 16, augment=True)
+    for name in ("valid", "validation", "test"):
+        next(root.glob("val*")).rename(root / name)
+        found = hita.validation_pictures(train)
+        assert found.split == ("train" if name == "test" else name)
+    plain = hita.Pictures(root, "train", 16)
+    assert found.samples == train.samples and torch.equal(found[0, 3][0], plain[0, 3][0])
 
 
 def test_batches_go_through_every_epoch_once_and_can_start_anywhere():
@@ -1328,7 +1428,7 @@ def test_scripts_llama_in_two_processes_equals_one_and_samples(script, tmp_path)
     ("sample.py --temperature x", "x"), ("sample.py --image x.abc", "x.abc"),
     ("sample.py --seed -1", "--seed"), ("sample.py --count 5", "--npz"),
     ("sample.py --from README.md", "--style"), ("sample.py --keep nan", "--keep"),
-    ("sample.py --cfg-scale nan", "--cfg-scale"), ("sample.py --temperature 0", "--temperature"),
+    ("sample.py --class -x", "--class=-"), ("sample.py --cfg-scale nan", "--cfg-scale"), ("sample.py --temperature 0", "--temperature"),
     ("sample.py --reconstruct README.md --keep-globals", "not allowed with"),
     ("sample.py --fd nowhere nowhere", "nowhere"), ("sample.py --complete README.md", "--class")])
 def test_bad_requests_get_one_line_and_status_2(command, message, script, tmp_path, monkeypatch):
@@ -1402,7 +1502,7 @@ def test_a_resumed_llama_run_equals_an_uninterrupted_one(script, monkeypatch, tm
     script("sample.py", "--llama", "fork/llama.pt", "--num", 1)  # finds the tokenizer of tok/
     assert Path("out/samples.png").exists()
     save_tiny(tmp_path / "tok")
-    with pytest.raises(hita.HitaError, match="another tokenizer"):
+    with pytest.raises(hita.HitaError, match="after the Llama|not the tokenizer"):
         script("train_ar.py", "--out", "parts", "--resume")
 
 
@@ -1454,6 +1554,18 @@ def test_a_signal_ends_a_run_after_its_step(number, tmp_path):
     assert torch.load(out / "tokenizer.pt", weights_only=True)["step"] == stopped
 
 
+def test_a_signal_breaks_an_evaluation_off(script, monkeypatch):
+    def evaluate(*args):
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(train_tokenizer, "evaluate", evaluate)
+    with pytest.raises(SystemExit) as exit:
+        script("train_tokenizer.py", "--data", "data", *SMALL)
+    saved = torch.load("out/tokenizer.pt", weights_only=True)
+    assert exit.value.code == 0 and saved["step"] == 4
+
+
 def test_a_second_ctrl_c_ends_a_run_at_once(script):
     stop = hita.Stop()
     assert not stop.asked()
@@ -1475,6 +1587,95 @@ def test_parts_of_a_batch_and_recomputed_activations_give_the_same_losses(script
                *none, "--accumulate", n)
     one, two = (figures(Path(f"ar{n}/llama.jsonl"))[-1]["val_patch"] for n in (1, 2))
     assert one == pytest.approx(two, rel=1e-6)
+
+
+def test_the_readmes_fine_tuning_ends_in_pictures(script, tmp_path, monkeypatch):
+    """Its lines with small models in place of the released ones."""
+    monkeypatch.setattr(hita, "TOKENIZERS", {"emoji": TINY, "hita-u": TINY})
+    small = dict(layers=1, heads=2, dim=16)
+    monkeypatch.setattr(hita, "LLAMA_SIZES", {"emoji": small, "B": small})
+    few = dict(steps=1, batch_size=4, workers=0)
+    monkeypatch.setitem(train_tokenizer.RECIPES, "hita-u", train_tokenizer.Training(
+        **few, lpips_weight=0, gan_weight=0))
+    monkeypatch.setitem(train_ar.RECIPES, "B", train_ar.Training(**few))
+    save_tiny(tmp_path / "theirs", llama=tiny_llama(layers=1))
+    monkeypatch.setattr(hita, "released_file", lambda name: {
+        "hita-u": "theirs/tokenizer.pt", "hita-u-b-250e": "theirs/llama.pt"}[name])
+    text = (ROOT / "README.md").read_text()
+    lines = re.findall(r"^python (\S+) (.* --out out-fine.*?)(?:  +#.*)?$", text, re.MULTILINE)
+    assert [name for name, _ in lines] == ["train_tokenizer.py", "train_ar.py", "sample.py"]
+    for name, args in lines:
+        script(name, *args.replace("DIR", "data").replace("NAME", "class1").split())
+    assert Path("out-fine/samples.png").exists()
+
+
+def test_a_tokenizer_trained_on_after_its_llama_is_named(script):
+    script("train_tokenizer.py", "--data", "data", *SMALL)
+    script("train_ar.py", *SMALL_AR)
+    script("train_tokenizer.py", "--resume", "--steps", 5)
+    for name, flags in (("sample.py", []), ("train_ar.py", ["--resume"])):
+        with pytest.raises(hita.HitaError, match="after the Llama") as error:
+            script(name, *flags)
+    name, *flags = re.search(r"with python (.*) --out", str(error.value))[1].split()
+    script(name, *flags, *SMALL_AR, "--out", "again")  # the command that it gives
+    script("sample.py", "--out", "again", "--num", 1)
+    Path("again").rename("elsewhere")  # the hash decides, not the path
+    Path("elsewhere/tokenizer.pt").write_bytes(Path("out/tokenizer.pt").read_bytes())
+    Path("out").rename("gone")
+    script("sample.py", "--out", "elsewhere", "--num", 1)
+
+
+def test_pictures_that_have_moved_are_asked_for(script, tmp_path, monkeypatch, capsys):
+    script("train_tokenizer.py", "--data", "data", *SMALL, "--steps", 1)
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")  # a relative --data has become a full path
+    script("train_tokenizer.py", "--resume", "--out", "../out", "--steps", 2)
+    (tmp_path / "data/val").rename(tmp_path / "val")
+    (tmp_path / "data").rename(tmp_path / "moved")
+    for name in ("train_tokenizer.py", "train_ar.py"):
+        with pytest.raises(hita.HitaError, match="checkpoint was made from .*data.*--data"):
+            script(name, "--out", "../out", *["--resume"] * ("tok" in name))
+    script("train_ar.py", "--data", "../moved", "--out", "../out", *SMALL_AR)
+    assert "train_... are of training pictures" in capsys.readouterr().out
+    lines = figures(Path("../out/llama.jsonl"))
+    assert "train_patch" in lines[-1] and not any("val_patch" in line for line in lines)
+    script("train_tokenizer.py", "--data", "../moved", "--out", "../out", "--eval")
+    assert {"train_psnr", "train_swap"} <= set(figures(Path("../out/eval.jsonl"))[0])
+
+
+def test_exported_weights_go_on_without_what_belongs_to_this_machine(script, tmp_path, capsys):
+    script("train_tokenizer.py", "--data", "data", *SMALL)
+    script("train_ar.py", *SMALL_AR)
+    for kind, name in (("tokenizer", "train_tokenizer.py"), ("llama", "train_ar.py")):
+        script(name, "--export", f"{kind}.pt")
+        assert f"{kind}.pt: " in capsys.readouterr().out
+        assert str(tmp_path).encode() not in Path(f"{kind}.pt").read_bytes()
+        assert Path(f"{kind}.pt").stat().st_size < Path(f"out/{kind}.pt").stat().st_size / 2
+        with pytest.raises(hita.HitaError, match="exists already"):
+            script(name, "--export", f"{kind}.pt")
+    Path("out").rename("gone")
+    script("sample.py", "--llama", "llama.pt", "--num", 1)
+    script("train_tokenizer.py", "--eval", "tokenizer.pt", "--data", "data")
+    with pytest.raises(hita.HitaError, match="elsewhere.*--data"):
+        script("train_ar.py", "--tokenizer", "tokenizer.pt")
+
+
+def test_a_run_directory_belongs_to_one_run_at_a_time(script, tmp_path):
+    other = hita.hold(Path("out"), "tokenizer")
+    with pytest.raises(hita.HitaError, match=f"process {os.getpid()} on .*--out"):
+        script("train_tokenizer.py", "--data", "data", *SMALL)
+    other.close()
+    script("train_tokenizer.py", "--data", "data", *SMALL)
+
+
+def test_embedded_data_is_unpacked_elsewhere_if_the_clone_cannot_be_written_to(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "few.zip", "w") as z:
+        z.writestr("train/a/x.png", b"")
+    monkeypatch.setattr(hita, "EMOJI", tmp_path / "few.zip")
+    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
+    for _ in range(2):
+        assert hita.embedded_data(tmp_path / "out") == tmp_path / "out/few"
+    assert (tmp_path / "out/few/train/a/x.png").exists() and not (tmp_path / "few").exists()
 
 
 def test_fine_tuning_the_tokenizer_takes_weights_and_discriminator(script):
@@ -1510,11 +1711,15 @@ def test_fine_tuning_the_llama_starts_other_classes_anew(tmp_path):
 
 # ---- uses and evaluation -----------------------------------------------------
 
-def test_classes_by_name_and_index():
+def test_classes_by_name_and_index(capsys):
     names = ["cat", "face-happy", "flag", "Flag", "red  panda"]
     find = sample.class_indices
     assert find(["face-happy", "2", "Face-Happy", "Flag"], names) == [1, 2, 1, 3]
     assert find(None, names[:3]) == [0, 1, 2] and len(find(None, list(map(str, range(50))))) == 12
+    assert find(["17", "2", "002"], ["17", "5", "2", "002"]) == [0, 2, 3]
+    assert find(["1", "0"], ["17", "5"]) == [1, 0]
+    assert "class 1: name 5, index 1" in capsys.readouterr().out
+    assert find(["cafe\u0301"], ["caf\u00e9", "x"]) == find(["CAF\u00c9"], ["cafe\u0301"]) == [0]
     for wrong, message in (("face-hapy", "face-happy"), ("5", "0 to 4"), ("-1", "0 to 4"),
                            ("FLAG", r"2 \(flag\), 3 \(Flag\)")):
         with pytest.raises(hita.HitaError, match=message):
@@ -1626,10 +1831,34 @@ def test_many_pictures_go_to_an_npz_file_whatever_the_number_of_processes(script
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_single_pictures_are_named_and_stay_in_their_folder(tmp_path):
-    pixels = np.zeros((2, 8, 8, 3), np.uint8)
-    sample.write_single(pixels, ["../../up", "x" * 300], tmp_path / "x.png")
-    assert len(list((tmp_path / "x").iterdir())) == 2 and len(list(tmp_path.iterdir())) == 1
+def test_single_pictures_are_named_stay_in_their_folder_and_replace_their_like(tmp_path):
+    pixels, names = np.zeros((2, 8, 8, 3), np.uint8), ["../../up", "x" * 300, "cat"]
+    (tmp_path / "x").mkdir()
+    for name in ("holiday-2024.png", "cat.png", "cat-0007.txt", "cat-0007.png"):
+        (tmp_path / "x" / name).touch()
+    sample.write_single(pixels, [0, 1], names, tmp_path / "x.png")
+    left = {path.name for path in (tmp_path / "x").iterdir()}
+    assert left > {"holiday-2024.png", "cat.png", "cat-0007.txt"} and len(left) == 3 + 2
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_pictures_that_cannot_be_written_are_refused_before_or_kept(script, tmp_path, monkeypatch):
+    save_tiny(tmp_path / "out")
+    (tmp_path / "folder.png").mkdir()
+    few = "sample.py", "--class", "a", "--num"
+    for image, num in (("x.webp", 1000), ("x.psd", 1), ("folder.png", 1), ("out/llama.pt/x.png", 1)):
+        monkeypatch.setattr(hita.Llama, "generate", None)  # not reached
+        with pytest.raises((hita.HitaError, OSError), match="psd|webp|folder|llama.pt"):
+            script(*few, num, "--image", image)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*few, "1", "--image", "x.png"])
+    true = Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", lambda self, to, *a: true(self, to, *a) if str(
+        to) != "x.png" else Path("missing/x").touch())
+    with pytest.raises(hita.HitaError, match="the pictures are in out/kept-"):
+        sample.main()
+    assert len(list(Path("out").glob("kept-*.png"))) == 1
 
 
 @pytest.mark.parametrize("n", [200, 5])  # 5 pictures: covariances have not full rank

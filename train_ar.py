@@ -68,6 +68,8 @@ def main():
     parser.add_settings(hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), skip=OF_THE_DATA)
     parser.add_settings(RECIPES[preset])
     args = parser.parse_args()
+    if args.export:
+        return hita.export(args, "llama")
     saved = hita.find_run(args, "llama", Training)
     cfg, recipe = hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), RECIPES[preset]
     if saved and not args.preset:
@@ -86,7 +88,7 @@ def main():
     beside = (saved["path"].parent if saved else out) / "tokenizer.pt"
     path, tokenizer = hita.find_tokenizer(earlier, args.tokenizer, beside)
     made_from = hita.made_from(args, earlier or tokenizer.made_from)
-    root = made_from["data"] or hita.embedded_data()
+    root = hita.data_root(args, made_from)
     train = hita.Pictures(root, "train", tokenizer.cfg.image_size, False, recipe.crop_range,
                           recipe.seed)
     val = hita.validation_pictures(train)
@@ -106,13 +108,15 @@ def main():
     ema = copy.deepcopy(llama).eval().requires_grad_(False)
 
     # ---- all pictures become ids
-    out.mkdir(parents=True, exist_ok=True)
+    lock = hita.hold(out, "llama")  # until this function ends
     if tokenizer.cfg.uses_dino:
         tokenizer.attach_dino(hita.load_dino(tokenizer.cfg.dino, made_from["dino_file"]))
     tokenizer.to(device, memory_format=torch.channels_last)
     cache = partial(token_cache, tokenizer=tokenizer, workers=recipe.workers)
     tokens = cache(out / "tokens-train.npy", data=train, copies=recipe.copies)
-    val_tokens = cache(out / "tokens-val.npy", data=val, copies=1)
+    held_out = val.split != "train"
+    place = out / f"tokens-{'val' if held_out else 'train-plain'}.npy"
+    val_tokens = cache(place, data=val, copies=1)
     tokenizer.attach_dino(None)  # it has done its work
 
     # ---- optimizer; what is saved is what has a state
@@ -136,7 +140,7 @@ def main():
     facts = {"classes": train.classes, "made_from": made_from}
     if hita.rank() == 0:
         print(f"llama of {sum(p.numel() for p in llama.parameters()) / 1e6:.1f}M parameters, "
-              f"{len(tokens)} rows of ids of {path}, {device} x {hita.world()}\n{cfg}\n{recipe}",
+              f"{len(tokens)} rows of ids of {train.root} by {path}, {device} x {hita.world()}\n{cfg}\n{recipe}",
               flush=True)
     for step in range(start + 1, recipe.steps + 1):
         items = hita.batch(step, len(tokens), recipe.batch_size, recipe.seed)
@@ -170,8 +174,9 @@ def main():
                 print(f"stopped after step {step}: continue with --resume", flush=True)
             break
         if due:
-            log.line(step, evaluate(ema, val_tokens, device))
-            sample_grid(ema, tokenizer, recipe, out / f"llama-{step:06d}.png")
+            with stop.at_once():
+                log.line(step, evaluate(ema, val_tokens, device, "val" if held_out else "train"))
+                sample_grid(ema, tokenizer, recipe, out / f"llama-{step:06d}.png")
 
 
 @torch.no_grad()
@@ -258,8 +263,9 @@ def start_from(llama: hita.Llama, path: str, classes: list[str]) -> None:
 
 
 @torch.no_grad()
-def evaluate(ema: hita.Llama, tokens: np.ndarray, device: torch.device) -> dict[str, float]:
-    """Mean losses in nats over the validation ids: of a global token, of a patch token and of all
+def evaluate(ema: hita.Llama, tokens: np.ndarray, device: torch.device,
+             name: str = "val") -> dict[str, float]:
+    """Mean losses in nats over the ids of a split: of a global token, of a patch token and of all
     tokens of a picture, beside what a guess without any knowledge costs for a picture."""
     total = torch.zeros(3, device=device)  # global, patch, number of pictures
     mine = tokens[hita.rank()::hita.world()]
@@ -272,9 +278,10 @@ def evaluate(ema: hita.Llama, tokens: np.ndarray, device: torch.device) -> dict[
     global_loss, patch_loss = (total[:2] / total[2]).tolist()
     cfg, M, N = ema.cfg, ema.cfg.num_global, ema.cfg.num_patches
     guess = M * math.log(cfg.global_codebook_size) + N * math.log(cfg.patch_codebook_size)
-    figures = {"val_global": global_loss} if M else {}
-    return figures | {"val_patch": patch_loss, "val_picture": M * global_loss + N * patch_loss,
-                      "guess_picture": guess}
+    figures = {f"{name}_global": global_loss} if M else {}
+    return figures | {
+        f"{name}_patch": patch_loss, f"{name}_picture": M * global_loss + N * patch_loss,
+        "guess_picture": guess}
 
 
 def sample_grid(ema: hita.Llama, tokenizer: hita.HitaTokenizer, recipe: Training,

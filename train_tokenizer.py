@@ -80,6 +80,8 @@ def main():
     hita.check(not args.npz or args.eval is not None, "--npz is for --eval")
     if args.eval is not None:
         return evaluate_checkpoint(args)
+    if args.export:
+        return hita.export(args, "tokenizer")
     saved = hita.find_run(args, "tokenizer", Training)
     cfg, recipe = hita.TOKENIZERS[preset], RECIPES[preset]
     if saved and not args.preset:
@@ -95,8 +97,8 @@ def main():
     torch.backends.cudnn.benchmark = True
     earlier = saved["made_from"] if saved else {}
     made_from = hita.made_from(args, earlier)
-    train = hita.Pictures(made_from["data"] or hita.embedded_data(), "train", cfg.image_size,
-                          True, recipe.crop_range, recipe.seed)
+    root = hita.data_root(args, made_from)
+    train = hita.Pictures(root, "train", cfg.image_size, True, recipe.crop_range, recipe.seed)
     val = hita.validation_pictures(train)
     made_from |= {"pictures": len(train), "preset": args.preset or earlier.get("preset", preset)}
     if saved:
@@ -129,7 +131,7 @@ def main():
 
     # ---- the loop; random numbers and data follow from (seed, step)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    lock = hita.hold(out, "tokenizer")  # until this function ends
     log, stop = hita.Log(out / "tokenizer.jsonl", recipe.steps, start), hita.Stop()
     todo = range(start + 1, recipe.steps + 1)
     order = (hita.batch(step, len(train), recipe.batch_size, recipe.seed) for step in todo)
@@ -137,7 +139,7 @@ def main():
                         worker_init_fn=hita.ignore_signals, pin_memory=device.type == "cuda")
     if hita.rank() == 0:
         print(f"tokenizer of {sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f}M parameters"
-              f", {len(train)} pictures, {device} x {hita.world()}\n{cfg}\n{recipe}", flush=True)
+              f", {len(train)} pictures in {train.root}, {device} x {hita.world()}\n{cfg}\n{recipe}", flush=True)
     for step, (images, _) in zip(todo, loader):
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         hita.seed_step(recipe.seed, step)
@@ -183,7 +185,9 @@ def main():
                 print(f"stopped after step {step}: continue with --resume", flush=True)
             break
         if due:
-            log.line(step, evaluate(ema, val, out / f"tokenizer-{step:06d}.png", recipe.workers))
+            with stop.at_once():
+                picture = out / f"tokenizer-{step:06d}.png"
+                log.line(step, evaluate(ema, val, picture, recipe.workers))
 
 
 def generator_losses(images: Tensor, result: hita.TokenizerOutput, recipe: Training,
@@ -237,7 +241,8 @@ def start_from(tokenizer: hita.HitaTokenizer, discriminator: nn.Module, path: st
 @torch.no_grad()
 def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, workers: int,
              perceptual: nn.Module | None = None, npz: str | None = None) -> dict[str, float]:
-    """PSNR in dB and, if there is a net for it, LPIPS over a split.
+    """PSNR in dB and, if there is a net for it, LPIPS over a split; train_psnr and so on where
+    there are no validation pictures.
 
     Pictures of 336 px are judged at 256, as in the released protocol. Writes originals beside
     reconstructions to `picture` and, with npz, all of them to two files.
@@ -270,9 +275,10 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
 
     # over all processes
     totals = {name: hita.all_sum(total).item() for name, total in totals.items()}
-    figures = {"psnr": totals["psnr"] / totals["pictures"]}
+    mark = "train_" if data.split == "train" else ""
+    figures = {mark + "psnr": totals["psnr"] / totals["pictures"]}
     if perceptual:
-        figures["lpips"] = totals["lpips"] / totals["pictures"]
+        figures[mark + "lpips"] = totals["lpips"] / totals["pictures"]
     if hita.rank() == 0:
         shown = []
         for i in range(24):  # one by one, since large pictures need much memory
@@ -299,7 +305,7 @@ def evaluate_checkpoint(args) -> None:
     made_from, cfg = hita.made_from(args, tokenizer.made_from), tokenizer.cfg
     if cfg.uses_dino:
         tokenizer.attach_dino(hita.load_dino(cfg.dino, made_from["dino_file"]))
-    train = hita.Pictures(made_from["data"] or hita.embedded_data(), "train", cfg.image_size)
+    train = hita.Pictures(hita.data_root(args, made_from), "train", cfg.image_size)
     val, perceptual = hita.validation_pictures(train), None
     try:
         if getattr(args, "lpips_weight", 1):
@@ -334,8 +340,9 @@ def held_by_tokens(tokenizer: hita.HitaTokenizer, train: hita.Pictures, val: hit
         figures |= hita.usage(name, counts)
     val_labels, *val_ids = encode_all(tokenizer, val, list(range(len(val))), workers)
     if tokenizer.cfg.num_global:
-        figures["swap"] = swap(tokenizer, val, *val_ids, workers)
-    if val.root == train.root:  # the probes would be judged on what they were fitted to
+        mark = "train_" if val.split == "train" else ""
+        figures[mark + "swap"] = swap(tokenizer, val, *val_ids, workers)
+    if val.split == "train":  # the probes would be judged on what they were fitted to
         return figures
 
     # linear probes
