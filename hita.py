@@ -1388,7 +1388,8 @@ class Parser(argparse.ArgumentParser):
         wrong = re.search(r"unrecognized arguments: .*?(--[\w-]+)", message)
         flag = re.search(r"argument .*?(--[\w-]+).*: expected .*one argument", message)
         if flag or re.search(r"unrecognized arguments: -\w", message):
-            message += f"; a value that begins with - is given as {flag[1] if flag else '--flag'}=-..."
+            name = flag[1] if flag else "--flag"
+            message += f"; a value that begins with - is given as {name}=-..."
         near = difflib.get_close_matches(wrong[1], self._option_string_actions, 1) if wrong else []
         raise HitaError(message + (f"; did you mean {near[0]}?" if near else "; see --help"))
 

@@ -78,7 +78,7 @@ def parse_args():
     add("--keep", type=float, default=0.5, help="share of the height given to --complete [0.5]")
     add("--globals", choices=("visible", "sampled", "full"), default="visible", help="global "
         "tokens of --complete: of the given part, the class, or (upper bound) all [visible]")
-    add("--from", nargs="+", metavar="IMG", dest="styles", help="global tokens of --style [the same]")
+    add("--from", nargs="+", metavar="IMG", dest="styles", help="globals of --style [the same]")
     add("--count", type=int, help="so many pictures over all classes, with --npz")
     add("--random-labels", action="store_true", help="of --count: classes at random [in turn]")
     add("--features", nargs="+", default=[hita.TokenizerConfig.dino], metavar="NAME [FILE]",

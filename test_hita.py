@@ -889,7 +889,7 @@ def test_a_llama_finds_its_tokenizer_by_the_hash_of_the_weights(tmp_path):
         assert path == right and torch.equal(found.patch_up.weight, tokenizer.patch_up.weight)
     (tmp_path / "a").rename(tmp_path / "moved")  # the whole directory went elsewhere
     assert find(None, tmp_path / "moved/tokenizer.pt")[0] == str(tmp_path / "moved/tokenizer.pt")
-    with pytest.raises(hita.HitaError, match="(not the tokenizer|after the Llama).*train_ar.py.*--out"):
+    with pytest.raises(hita.HitaError, match="(not the|after) .*train_ar.py.*--out"):
         find(None, wrong)
     for flag in ("typo.pt", None):
         with pytest.raises(hita.HitaError, match="no tokenizer checkpoint"):
@@ -1155,11 +1155,12 @@ def test_damaged_exif_blocks_and_pillows_warnings_do_no_harm(tmp_path, recwarn):
     assert not recwarn.list
 
 
-def test_what_is_hidden_or_left_by_other_programs_is_no_data_and_links_are_followed(tmp_path, capfd):
+def test_what_other_programs_leave_is_no_data_and_links_are_followed(tmp_path, capfd):
     root = picture_folder(tmp_path / "data")
     some = (root / "train/class0/0.png").read_bytes()
-    for name in ("class0/._0.png", ".cache/0.png", "class0/.ipynb_checkpoints/0.png", "@eaDir/0.png",
-                 "class1/@eaDir/0.png", "__MACOSX/class0/0.png", "class1/Thumbs.db/0.png"):
+    for name in ("class0/._0.png", ".cache/0.png", "class0/.ipynb_checkpoints/0.png",
+                 "@eaDir/0.png", "class1/@eaDir/0.png", "__MACOSX/class0/0.png",
+                 "class1/Thumbs.db/0.png"):
         (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "train" / name).write_bytes(some)
     assert hita.Pictures(root, "train", 16).classes == [f"class{i}" for i in range(5)]
@@ -1330,7 +1331,8 @@ def test_token_cache_is_reused_goes_on_and_is_made_anew_when_anything_changes(tm
 SMALL = [
     "--image-size", 24, "--channels", 8, "--channel-mult", "1,1,2", "--latent-dim", 16,
     "--layers", 1, "--num-global", 6, "--global-codebook-size", 32,
-    "--patch-codebook-size", 16, "--k", 2, "--batch-size", 4, "--log-every", 2, "--eval-every", 4, "--gan-start", 4, "--gan-width", 8, "--steps", 4]
+    "--patch-codebook-size", 16, "--k", 2, "--batch-size", 4, "--log-every", 2, "--eval-every", 4,
+    "--gan-start", 4, "--gan-width", 8, "--steps", 4]
 SMALL_AR = ["--dim", 24, "--layers", 1, "--heads", 2, "--batch-size", 4, "--log-every", 2,
             "--eval-every", 2, "--steps", 4]
 
@@ -1408,7 +1410,8 @@ def test_scripts_llama_in_two_processes_equals_one_and_samples(script, tmp_path)
 
 @pytest.mark.parametrize("command, message", [
     ("train_tokenizer.py --preset hita-w", "hita-w"), ("train_tokenizer.py --k 99", "num_global"),
-    ("train_tokenizer.py --patch-codebok-size 5", "--patch-codebook-size"), ("train_ar.py --heads 5", "heads"),
+    ("train_tokenizer.py --patch-codebok-size 5", "--patch-codebook-size"),
+    ("train_ar.py --heads 5", "heads"),
     ("train_tokenizer.py --heads 0", "heads"), ("train_ar.py --heads 0", "heads"),
     ("train_tokenizer.py --preset", "--preset"), ("train_tokenizer.py --npz x", "--eval"),
     ("train_tokenizer.py --device meta", "meta"), ("train_ar.py --seed 99999999999", "seed"),
@@ -1428,7 +1431,8 @@ def test_scripts_llama_in_two_processes_equals_one_and_samples(script, tmp_path)
     ("sample.py --temperature x", "x"), ("sample.py --image x.abc", "x.abc"),
     ("sample.py --seed -1", "--seed"), ("sample.py --count 5", "--npz"),
     ("sample.py --from README.md", "--style"), ("sample.py --keep nan", "--keep"),
-    ("sample.py --class -x", "--class=-"), ("sample.py --cfg-scale nan", "--cfg-scale"), ("sample.py --temperature 0", "--temperature"),
+    ("sample.py --class -x", "--class=-"), ("sample.py --cfg-scale nan", "--cfg-scale"),
+    ("sample.py --temperature 0", "--temperature"),
     ("sample.py --reconstruct README.md --keep-globals", "not allowed with"),
     ("sample.py --fd nowhere nowhere", "nowhere"), ("sample.py --complete README.md", "--class")])
 def test_bad_requests_get_one_line_and_status_2(command, message, script, tmp_path, monkeypatch):
@@ -1668,7 +1672,7 @@ def test_a_run_directory_belongs_to_one_run_at_a_time(script, tmp_path):
     script("train_tokenizer.py", "--data", "data", *SMALL)
 
 
-def test_embedded_data_is_unpacked_elsewhere_if_the_clone_cannot_be_written_to(tmp_path, monkeypatch):
+def test_embedded_data_is_unpacked_elsewhere_if_need_be(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "few.zip", "w") as z:
         z.writestr("train/a/x.png", b"")
     monkeypatch.setattr(hita, "EMOJI", tmp_path / "few.zip")
@@ -1846,7 +1850,8 @@ def test_pictures_that_cannot_be_written_are_refused_before_or_kept(script, tmp_
     save_tiny(tmp_path / "out")
     (tmp_path / "folder.png").mkdir()
     few = "sample.py", "--class", "a", "--num"
-    for image, num in (("x.webp", 1000), ("x.psd", 1), ("folder.png", 1), ("out/llama.pt/x.png", 1)):
+    for image, num in (("x.webp", 1000), ("x.psd", 1), ("folder.png", 1),
+                       ("out/llama.pt/x.png", 1)):
         monkeypatch.setattr(hita.Llama, "generate", None)  # not reached
         with pytest.raises((hita.HitaError, OSError), match="psd|webp|folder|llama.pt"):
             script(*few, num, "--image", image)

@@ -140,8 +140,8 @@ def main():
     facts = {"classes": train.classes, "made_from": made_from}
     if hita.rank() == 0:
         print(f"llama of {sum(p.numel() for p in llama.parameters()) / 1e6:.1f}M parameters, "
-              f"{len(tokens)} rows of ids of {train.root} by {path}, {device} x {hita.world()}\n{cfg}\n{recipe}",
-              flush=True)
+              f"{len(tokens)} rows of ids of {train.root} by {path}, "
+              f"{device} x {hita.world()}\n{cfg}\n{recipe}", flush=True)
     for step in range(start + 1, recipe.steps + 1):
         items = hita.batch(step, len(tokens), recipe.batch_size, recipe.seed)
         rows = to_device(tokens[[index for _, index in items]], device)  # (B, 1 + M + N)

@@ -139,7 +139,8 @@ def main():
                         worker_init_fn=hita.ignore_signals, pin_memory=device.type == "cuda")
     if hita.rank() == 0:
         print(f"tokenizer of {sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f}M parameters"
-              f", {len(train)} pictures in {train.root}, {device} x {hita.world()}\n{cfg}\n{recipe}", flush=True)
+              f", {len(train)} pictures in {train.root}, {device} x {hita.world()}\n"
+              f"{cfg}\n{recipe}", flush=True)
     for step, (images, _) in zip(todo, loader):
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         hita.seed_step(recipe.seed, step)
@@ -229,8 +230,9 @@ def start_from(tokenizer: hita.HitaTokenizer, discriminator: nn.Module, path: st
     """
     data = hita.read_checkpoint(path, "tokenizer")
     theirs = data["config"].centre
-    hita.check(theirs == tokenizer.cfg.centre, f"{path} was trained {'with' if theirs else 'without'}"
-               f" centring, and goes on so: give --{'' if theirs else 'no-'}centre")
+    how, flag = ("with", "--centre") if theirs else ("without", "--no-centre")
+    hita.check(theirs == tokenizer.cfg.centre, f"{path} was trained {how} centring, and goes on "
+               f"so: give {flag}")
     hita.load_weights(tokenizer, data["ema"], path)
     if "main.0.weight" in data.get("discriminator", {}):
         hita.load_weights(discriminator, data["discriminator"], path)
