@@ -1097,11 +1097,12 @@ import safetensors.torch
 import torch.distributed as dist
 import torchvision
 from huggingface_hub.utils import logging as hub_logging
+from PIL import ExifTags, Image, ImageCms
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-from PIL import ExifTags, Image, ImageCms
 
 
 class RevivingQuantizer(VectorQuantizer):

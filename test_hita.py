@@ -117,7 +117,7 @@ def ids(*shape: int) -> torch.Tensor:
     ("discriminator", [(2, 3, 64, 64)], [(2, 1, 6, 6)]),
     ("llama", [ids(2), ids(2, 6), ids(2, 16)], [(2, 6, 32), (2, 16, 32)]),
     ("llama without globals", [ids(2), ids(2, 0), ids(2, 16)], [(2, 0, 32), (2, 16, 32)]),
-    ("llama with 64 globals codes", [ids(2), ids(2, 6), ids(2, 16)], [(2, 6, 64), (2, 16, 32)]),
+    ("llama with 64 global codes", [ids(2), ids(2, 6), ids(2, 16)], [(2, 6, 64), (2, 16, 32)]),
     ("llama generates", [ids(2)], [(2, 6), (2, 16)]),
 ])
 def test_shapes(part, inputs, outputs, small_dino):
@@ -134,7 +134,7 @@ def test_shapes(part, inputs, outputs, small_dino):
         "tokenizer without globals": lambda: tiny(num_global=0, k=0),
         "discriminator": hita.PatchDiscriminator, "llama": tiny_llama,
         "llama without globals": lambda: tiny_llama(num_global=0),
-        "llama with 64 globals codes": lambda: tiny_llama(global_codebook_size=64),
+        "llama with 64 global codes": lambda: tiny_llama(global_codebook_size=64),
         "llama generates": lambda: tiny_llama().generate}[part]
     tensors = [torch.randn(x).clamp(-1, 1) if isinstance(x, tuple) and len(x) > 2 else x
                for x in inputs]
