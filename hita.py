@@ -1464,7 +1464,10 @@ def embedded_data(out: str | Path = "out") -> Path:
     return folder
 
 
-NOT_DATA = {"@eaDir", "__MACOSX", "Thumbs.db"}  # what network drives and desktops leave; and .*
+NOT_DATA = {  # what desktops, network drives and disks leave; and what begins with a dot
+    "__MACOSX", "Thumbs.db", "@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN",
+    "System Volume Information", "lost+found", "__pycache__"}
+PICTURES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif", ".jp2")
 
 
 def data_entries(folder: str | Path) -> list[os.DirEntry]:
@@ -1473,15 +1476,14 @@ def data_entries(folder: str | Path) -> list[os.DirEntry]:
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def picture_files(folder: str | Path, above: tuple[str, ...] = ()) -> list[str]:
+def picture_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]:
     """The picture files at any depth below a folder. Links are followed, unless they lead back."""
-    files, here = [], os.path.realpath(folder)
+    here = os.path.realpath(folder)
     for entry in data_entries(folder) if here not in above else []:
         if entry.is_dir():
-            files += picture_files(entry.path, (*above, here))
-        elif entry.name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS):
-            files.append(entry.path)
-    return files
+            yield from picture_files(entry.path, (*above, here))
+        elif entry.name.lower().endswith(PICTURES):
+            yield entry.path
 
 
 @lru_cache(8)
@@ -1599,7 +1601,7 @@ def picture_grid(images: Tensor, columns: int = 8) -> Image.Image:
 
 class Pictures(torch.utils.data.Dataset):
     """DIR/<split>/<class>/<picture>; an item (epoch, index) is an image (3, size, size) in [-1, 1]
-    and its class. The classes are the folders in DIR/train, whatever the split.
+    and its class. The classes are the folders in DIR/train that hold pictures, whatever the split.
 
     augment: crop and flip are drawn from (seed, epoch, index) and nothing else, so a resumed run
     sees the same pictures. Without it epoch 0 is the plain picture, 1 its mirror image, and later
@@ -1611,16 +1613,17 @@ class Pictures(torch.utils.data.Dataset):
                  crop_range: float = 1.0, seed: int = 0):
         self.root, self.split, self.stand_in = Path(root) / split, split, True
         self.size, self.augment, self.crop_range, self.seed = size, augment, crop_range, seed
-        remedy = f"pictures belong in {root}/train/<class>/"
-        for folder in (Path(root) / "train", self.root):
-            check(folder.is_dir(), f"there is no folder {folder}: {remedy}")
-        self.classes = [e.name for e in data_entries(Path(root) / "train") if e.is_dir()]
+        folder = Path(root) / "train"
+        check(folder.is_dir(), f"there is no folder {folder}: pictures belong in {folder}/<class>/")
+        self.classes = [entry.name for entry in data_entries(folder)
+                        if entry.is_dir() and next(picture_files(entry.path), None)]
         number = {name: i for i, name in enumerate(self.classes)}
-        files = picture_files(self.root)
+        files = list(picture_files(self.root))
         names = [os.path.relpath(path, self.root).split(os.sep) for path in files]
         self.samples = [(path, number[name[0]]) for path, name in zip(files, names)
                         if len(name) > 1 and name[0] in number]
-        check(len(self) > 0, f"no pictures in {self.root}/<class>/: {remedy}")
+        check(len(self) > 0, f"no pictures in {self.root}/<class>/, where <class> is a folder that "
+                             f"{folder} has, too")
         if len(self) < len(files) and rank() == 0:
             print(f"left out: {len(files) - len(self)} pictures in {self.root} that are not in the "
                   f"folder of a class of {root}/train", file=sys.stderr, flush=True)
@@ -1810,8 +1813,9 @@ def save_checkpoint(path: Path, data: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise HitaError(f"cannot write {path}: {first_line(e)}; is the disk full? "
-                        "The checkpoint before is untouched") from e
+        guess = "" if isinstance(e, OSError) else "; is the disk full?"
+        raise HitaError(f"cannot write {path}: {first_line(e)}{guess} What was there is "
+                        "untouched") from e
 
 
 def save_run(out: Path, kind: str, step: int, cfg, recipe, parts: dict, **facts) -> None:
@@ -2035,6 +2039,7 @@ def export(args: argparse.Namespace, kind: str) -> None:
     """--export: the weights of a run's model, without its optimizers and paths of this machine."""
     data, path = read_checkpoint(args.resume or f"{args.out}/{kind}.pt", kind), Path(args.export)
     check(not path.exists(), f"{path} exists already: choose another name, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
     facts = {name: data[name] for name in ("kind", "step", "ema", "classes") if name in data}
     made = {name: value for name, value in data["made_from"].items()
             if name in ("pictures", "preset", "tokenizer_hash")}

@@ -428,7 +428,7 @@ def picture_set(source: str) -> list[str] | np.ndarray:
     """The picture files below a folder, or the uint8 pictures (n, H, W, 3) of an .npz file."""
     hita.check(Path(source).exists(), f"there is neither a folder nor a file {source}")
     if Path(source).is_dir():
-        pictures = hita.picture_files(source)
+        pictures = list(hita.picture_files(source))
     else:
         try:
             pictures = np.load(source, allow_pickle=False)["arr_0"]

@@ -1160,7 +1160,7 @@ def test_what_other_programs_leave_is_no_data_and_links_are_followed(tmp_path, c
     some = (root / "train/class0/0.png").read_bytes()
     for name in ("class0/._0.png", ".cache/0.png", "class0/.ipynb_checkpoints/0.png",
                  "@eaDir/0.png", "class1/@eaDir/0.png", "__MACOSX/class0/0.png",
-                 "class1/Thumbs.db/0.png"):
+                 "class1/Thumbs.db/0.png", "#recycle/0.png", "class5/notes.txt"):
         (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "train" / name).write_bytes(some)
     assert hita.Pictures(root, "train", 16).classes == [f"class{i}" for i in range(5)]
@@ -1803,6 +1803,9 @@ def test_a_completion_keeps_what_is_given(shown, source, monkeypatch):
             shown(*how, *wrong)
     with pytest.raises(hita.HitaError, match="2 classes for 1"):
         shown(*how[:2], "--class", "0", "1")
+    save_tiny(Path("one"), tiny(image_size=4), tiny_llama(grid=1))
+    with pytest.raises(hita.HitaError, match="one row of patches"):
+        shown(*how, "--out", "one")
 
 
 def test_kept_globals(shown, monkeypatch):
@@ -1899,14 +1902,17 @@ def test_distance_between_files_and_folders(script, vit_file, small_dino, capsys
 def test_swap_is_psnr_where_the_decoder_ignores_the_globals(script):
     data, tokenizer = hita.Pictures("data", "val", 16), tiny()
     nn.init.normal_(tokenizer.decoder.conv_out.weight, std=0.2)
-    _, *ids = train_tokenizer.encode_all(tokenizer, data, list(range(len(data))), 0)
-    ids[0] = torch.randint(32, ids[0].shape)  # globals that would have bits
-    plain = torch.cat([hita.psnr(data[0, i][0][None], tokenizer.decode(ids[0][[i]], ids[1][[i]]))
-                       for i in range(len(data))]).mean().item()
-    assert abs(train_tokenizer.swap(tokenizer, data, *ids, 0) - plain) > 1e-3
+    _, _, patch_ids = train_tokenizer.encode_all(tokenizer, data, 1, 0)
+    others = torch.randint(32, (30, 6))  # these have bits
+    measure = lambda: train_tokenizer.evaluate(tokenizer, data, Path("x.png"), 0, others=others)
+    expected = [hita.psnr(data[0, i][0][None], tokenizer.decode(others[[i]], patch_ids[[i]]))
+                for i in range(len(data))]
+    figures = measure()
+    assert figures["swap"] == pytest.approx(torch.cat(expected).mean().item(), abs=1e-4)
+    assert abs(figures["swap"] - figures["psnr"]) > 1e-3
     nn.init.zeros_(tokenizer.global_up.weight)
-    plain = train_tokenizer.evaluate(tokenizer, data, Path("x.png"), 0)["psnr"]
-    assert train_tokenizer.swap(tokenizer, data, *ids, 0) == pytest.approx(plain, abs=1e-4)
+    figures = measure()
+    assert figures["swap"] == pytest.approx(figures["psnr"], abs=1e-4)
 
 
 def test_linear_probe_finds_the_optimum_that_scipy_finds():

@@ -242,9 +242,13 @@ def start_from(tokenizer: hita.HitaTokenizer, discriminator: nn.Module, path: st
 
 @torch.no_grad()
 def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, workers: int,
-             perceptual: nn.Module | None = None, npz: str | None = None) -> dict[str, float]:
-    """PSNR in dB and, if there is a net for it, LPIPS over a split; train_psnr and so on where
-    there are no validation pictures.
+             perceptual: nn.Module | None = None, npz: str | None = None,
+             others: Tensor | None = None) -> dict[str, float]:
+    """PSNR in dB over a split, and LPIPS if there is a net for it; train_psnr and so on where there
+    are no validation pictures.
+
+    others: global ids (n, M) of other pictures; then also swap, the PSNR with these. It is the
+    plain PSNR where globals hold nothing, and where the decoder does not listen to them.
 
     Pictures of 336 px are judged at 256, as in the released protocol. Writes originals beside
     reconstructions to `picture` and, with npz, all of them to two files.
@@ -252,35 +256,38 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
     device = next(tokenizer.parameters()).device
     mine = list(range(hita.rank(), len(data), hita.world()))
     loader = DataLoader(data, 16, sampler=[(0, i) for i in mine], num_workers=workers)
-    size = {336: 256}.get(data.size, data.size)
+    size = 256 if data.size == 336 else data.size
     files = [Path(f"{npz}-{kind}.npz") for kind in ("originals", "reconstructions") if npz]
     arrays = [hita.picture_array(file, len(data), size) for file in files]
 
     # encoding in float32, or some ids would be others; the decoder may work in bfloat16
-    totals = {name: torch.zeros((), device=device) for name in ("psnr", "lpips", "pictures")}
+    asked = {"lpips": perceptual is not None, "swap": others is not None}
+    names = ["pictures", "psnr", *(name for name, wanted in asked.items() if wanted)]
+    totals = {name: torch.zeros((), device=device) for name in names}
     progress = tqdm(loader, "evaluating", disable=hita.rank() > 0, leave=False)
     for n, (images, _) in enumerate(progress):
-        images = images.to(device, memory_format=torch.channels_last)
-        ids = tokenizer.encode(images)
+        images, these = images.to(device, memory_format=torch.channels_last), mine[16 * n:][:16]
+        global_ids, patch_ids = tokenizer.encode(images)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            recon = tokenizer.decode(*ids).float()
+            recon = tokenizer.decode(global_ids, patch_ids).float()
+            if others is not None:
+                mixed = judged(tokenizer.decode(others[these], patch_ids).float(), size)
         pair = [judged(images, size), judged(recon, size)]
         totals["pictures"] += len(images)
         totals["psnr"] += hita.psnr(*pair).sum()
-        if perceptual:
+        if perceptual is not None:
             totals["lpips"] += perceptual(*pair) * len(images)
+        if others is not None:
+            totals["swap"] += hita.psnr(pair[0], mixed).sum()
         for array, pictures in zip(arrays, pair):
-            pixels = hita.to_uint8(pictures).permute(0, 2, 3, 1)
-            array[mine[16 * n:16 * n + 16]] = pixels.cpu().numpy()
+            array[these] = hita.to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()
     for file, array in zip(files, arrays):
         hita.pack_pictures(file, array)
 
     # over all processes
     totals = {name: hita.all_sum(total).item() for name, total in totals.items()}
-    mark = "train_" if data.split == "train" else ""
-    figures = {mark + "psnr": totals["psnr"] / totals["pictures"]}
-    if perceptual:
-        figures[mark + "lpips"] = totals["lpips"] / totals["pictures"]
+    pictures, mark = totals.pop("pictures"), "train_" if data.split == "train" else ""
+    figures = {mark + name: total / pictures for name, total in totals.items()}
     if hita.rank() == 0:
         shown = []
         for i in range(24):  # one by one, since large pictures need much memory
@@ -315,8 +322,17 @@ def evaluate_checkpoint(args) -> None:
     except hita.HitaError as e:
         print(f"without LPIPS: {e}")
     out.mkdir(parents=True, exist_ok=True)
-    figures = evaluate(tokenizer, val, out / "eval.png", workers, perceptual, args.npz)
-    figures |= held_by_tokens(tokenizer, train, val, workers)
+
+    # swap is measured with the globals of the picture half the split further on
+    found, others = encode_all(tokenizer, val, 1, workers), None
+    if cfg.num_global:
+        others = found[1].roll(len(val) // 2, dims=0)
+    figures = evaluate(tokenizer, val, out / "eval.png", workers, perceptual, args.npz, others)
+    known = encode_all(tokenizer, train, math.ceil(len(train) / 20_000), workers)
+    for name, counts in id_counts(*known[1:], cfg).items():
+        figures |= hita.usage(name, counts)
+    if val.split != "train":  # or probes would be judged on what they were fitted to
+        figures |= probes(tokenizer, known, found)
     line = {"tokenizer": str(path), "M": cfg.num_global, "k": cfg.k, "dino": cfg.dino,
             "pictures": len(val), **{name: round(value, 4) for name, value in figures.items()}}
     print(" ".join(f"{name} {value}" for name, value in line.items()))
@@ -324,69 +340,35 @@ def evaluate_checkpoint(args) -> None:
         f.write(json.dumps(line) + "\n")
 
 
-@torch.no_grad()
-def held_by_tokens(tokenizer: hita.HitaTokenizer, train: hita.Pictures, val: hita.Pictures,
-                   workers: int) -> dict[str, float]:
-    """Figures that tell what global and patch tokens hold, and whether the decoder listens.
+def encode_all(tokenizer: hita.HitaTokenizer, data: hita.Pictures, every: int,
+               workers: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One of `every` pictures, plain -> classes (n,), global ids (n, M), patch ids (n, N)."""
+    device = next(tokenizer.parameters()).device
+    items = [(0, i) for i in range(0, len(data), every)]
+    rows = []
+    loader = DataLoader(data, 16, sampler=items, num_workers=workers)
+    for images, classes in tqdm(loader, f"encoding {data.split}", leave=False):
+        rows.append((classes.to(device), *tokenizer.encode(images.to(device))))
+    return tuple(map(torch.cat, zip(*rows)))
 
-    use and bits: see hita.usage, over up to 20,000 training pictures. swap: PSNR in dB over the
-    validation pictures with the globals of the picture half the split further on; that of globals
-    which hold nothing, or are not listened to, is the plain PSNR. probe: share of validation
-    pictures whose class a linear classifier, fitted to those training pictures, finds in the
-    quantized tokens; chance is the share of the most frequent class.
-    """
-    every = math.ceil(len(train) / 20_000)
-    labels, *ids = encode_all(tokenizer, train, list(range(0, len(train), every)), workers)
-    figures = {}
-    for name, counts in id_counts(*ids, tokenizer.cfg).items():
-        figures |= hita.usage(name, counts)
-    val_labels, *val_ids = encode_all(tokenizer, val, list(range(len(val))), workers)
-    if tokenizer.cfg.num_global:
-        mark = "train_" if val.split == "train" else ""
-        figures[mark + "swap"] = swap(tokenizer, val, *val_ids, workers)
-    if val.split == "train":  # the probes would be judged on what they were fitted to
-        return figures
 
-    # linear probes
+def probes(tokenizer: hita.HitaTokenizer, train: tuple, val: tuple) -> dict[str, float]:
+    """Both as encode_all gives them -> the share of val whose class a linear classifier, fitted to
+    train, finds in the quantized tokens; by chance it is the share of the most frequent class."""
+    (labels, *ids), (val_labels, *val_ids), figures = train, val, {}
     quantizers = {"patch": tokenizer.patch_quantizer}
     if tokenizer.cfg.num_global:
         quantizers = {"global": tokenizer.global_quantizer, **quantizers}
     for name, quantizer in quantizers.items():
         which = 0 if name == "global" else 1
-        x, val_x = [quantizer.lookup(some[which]).flatten(1) for some in (ids, val_ids)]
-        found = linear_probe(x, labels, val_x)
-        figures[f"probe_{name}"] = (found == val_labels).float().mean().item()
+        with torch.no_grad():
+            x, val_x = [quantizer.lookup(some[which]).flatten(1) for some in (ids, val_ids)]
+        guess = linear_probe(x, labels, val_x)
+        figures[f"probe_{name}"] = (guess == val_labels).float().mean().item()
     chance = (val_labels == labels.mode().values).float().mean().item()
     return figures | {"probe_chance": chance}
 
 
-def encode_all(tokenizer: hita.HitaTokenizer, data: hita.Pictures, indices: list[int],
-               workers: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain pictures of these indices -> classes (n,), global ids (n, M), patch ids (n, N)."""
-    device = next(tokenizer.parameters()).device
-    loader = DataLoader(data, 16, sampler=[(0, i) for i in indices], num_workers=workers)
-    rows = []
-    for images, classes in tqdm(loader, "encoding", leave=False):
-        rows.append((classes.to(device), *tokenizer.encode(images.to(device))))
-    classes, global_ids, patch_ids = zip(*rows)
-    return torch.cat(classes), torch.cat(global_ids), torch.cat(patch_ids)
-
-
-def swap(tokenizer: hita.HitaTokenizer, data: hita.Pictures, global_ids: Tensor,
-         patch_ids: Tensor, workers: int) -> float:
-    """Mean PSNR in dB of the pictures of a split with the globals (n, M) of others among them."""
-    size = {336: 256}.get(data.size, data.size)
-    others = global_ids.roll(len(global_ids) // 2, dims=0)
-    loader = DataLoader(data, 16, sampler=[(0, i) for i in range(len(data))], num_workers=workers)
-    values = []
-    parts = zip(loader, others.split(16), patch_ids.split(16))
-    for (images, _), *ids in tqdm(parts, "swapping", total=len(loader), leave=False):
-        images, recon = images.to(others.device), tokenizer.decode(*ids)
-        values.append(hita.psnr(judged(images, size), judged(recon, size)))
-    return torch.cat(values).mean().item()
-
-
-@torch.enable_grad()
 def linear_probe(x: Tensor, y: Tensor, val_x: Tensor, decay: float = 0.01) -> Tensor:
     """Classes (m,) that a linear classifier fitted to x (n, D), y (n,) finds for val_x (m, D).
 
