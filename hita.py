@@ -1304,6 +1304,8 @@ class Stop:
     def at_once(self):
         """Within this a signal ends the run at once: its checkpoint has been written."""
         self.saved = True
+        if self.signalled.item():  # it came after the step had asked
+            self.handle(0, None)
         yield
         self.saved = False
 
@@ -1314,6 +1316,16 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@contextlib.contextmanager
+def writing_to(out: str | Path):
+    """Within this an OSError becomes a HitaError that names the flag which chooses the place."""
+    try:
+        yield
+    except OSError as e:
+        raise HitaError(f"{out} cannot be written to ({first_line(e)}): choose another directory "
+                        "with --out") from e
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -1321,6 +1333,9 @@ def first_line(error: BaseException) -> str:
 
 def run_script(main) -> None:
     """Call a script's main. What a user or the machine caused is one line, with status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # for odd file names
     try:
         main()
     except KeyboardInterrupt:
@@ -1457,30 +1472,32 @@ def embedded_data(out: str | Path = "out") -> Path:
     if rank() == 0 and not folder.is_dir():
         check(EMOJI.is_file(), f"{EMOJI} is missing; clone the repository again, or pass --data")
         temporary = folder.with_suffix(f".{os.getpid()}.tmp")
-        with zipfile.ZipFile(EMOJI) as z:
+        with writing_to(out), zipfile.ZipFile(EMOJI) as z:
             z.extractall(temporary)
-        os.replace(temporary, folder)
+        with contextlib.suppress(OSError):  # another run may have been faster
+            os.replace(temporary, folder)
     barrier()
     return folder
 
 
 NOT_DATA = {  # what desktops, network drives and disks leave; and what begins with a dot
-    "__MACOSX", "Thumbs.db", "@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN",
-    "System Volume Information", "lost+found", "__pycache__"}
+    "__macosx", "thumbs.db", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin",
+    "system volume information", "lost+found", "__pycache__"}
 PICTURES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif", ".jp2")
 
 
 def data_entries(folder: str | Path) -> list[os.DirEntry]:
     """What is in a folder, by name, without what is hidden or left there by other programs."""
-    entries = [e for e in os.scandir(folder) if e.name[0] != "." and e.name not in NOT_DATA]
+    entries = [entry for entry in os.scandir(folder)
+               if entry.name[0] != "." and entry.name.lower() not in NOT_DATA]
     return sorted(entries, key=lambda entry: entry.name)
 
 
 def picture_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]:
     """The picture files at any depth below a folder. Links are followed, unless they lead back."""
     here = os.path.realpath(folder)
-    for entry in data_entries(folder) if here not in above else []:
-        if entry.is_dir():
+    for entry in data_entries(folder) if os.path.isdir(here) and here not in above else []:
+        if os.path.isdir(entry.path):  # False for a link to itself
             yield from picture_files(entry.path, (*above, here))
         elif entry.name.lower().endswith(PICTURES):
             yield entry.path
@@ -1488,27 +1505,27 @@ def picture_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[s
 
 @lru_cache(8)
 def to_srgb(profile: bytes, mode: str):
-    """The transform of pictures with this colour profile and mode to sRGB, None if there is none to
-    make: the profile is sRGB, or broken."""
+    """The transform of pictures with this colour profile and mode to sRGB, None if it is broken."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(profile):
-            return None
         return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
     """A picture of integers beyond 8 bits or of floats -> grey with 8 bits, and alpha where one
-    value is transparent. 16-bit grey is divided by 257; of other kinds the least finite value
-    becomes black and the greatest white, since their range is anybody's guess."""
+    value is transparent. 16-bit grey (12-bit, if the file says so) has its full range; of other
+    kinds the least finite value becomes black and the greatest white: theirs is anybody's guess."""
     values, clear = np.asarray(image), image.info.get("transparency")
-    low, high = 0, 65535
-    if not image.mode.startswith("I;16") and image.format not in ("PNG", "PPM"):
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    low, high = 0, 2 ** tags.get(258, (16,))[0] - 1
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         finite = values[np.isfinite(values)].astype(np.float64)
         low, high = (finite.min(), finite.max()) if len(finite) else (0, 1)
     scaled = (np.nan_to_num(values.astype(np.float64), nan=low) - low) / max(high - low, 1e-30)
+    if tags.get(262) == 0:  # white is zero
+        scaled = 1 - scaled
     grey = Image.fromarray((scaled.clip(0, 1) * 255).round().astype(np.uint8))
     if isinstance(clear, int):
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
@@ -1522,8 +1539,13 @@ UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRAN
 def on_white(image: Image.Image) -> Image.Image:
     """Any picture as RGB in sRGB: upright as its EXIF data say, its colour profile applied (a
     broken one is left aside), on white where it is transparent; beyond 8 bits see eight_bits."""
+    raw = image.tile[0][3] if getattr(image, "tile", None) else None
     image.load()  # PNG files may have all this at their end
-    profile = image.info.get("icc_profile")
+    profile, clear = image.info.get("icc_profile"), image.info.get("transparency")
+    if raw in ("L;2", "L;4") and isinstance(clear, int):  # in the 8 bits that pixels have now
+        image.info["transparency"] = clear * (85 if raw == "L;2" else 17)
+    elif raw == "RGB;16B" and isinstance(clear, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
     try:  # nothing but the orientation: the rest of the block may be damaged
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # damaged blocks raise nearly everything
@@ -1534,6 +1556,7 @@ def on_white(image: Image.Image) -> Image.Image:
         image = image.transpose(Image.Transpose[turn])
 
     # colours and transparency apart, since profiles know nothing of the latter
+    image = image.convert("LA") if image.mode == "La" else image
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
@@ -1550,7 +1573,8 @@ def read_picture(picture: str | Path | Image.Image) -> Image.Image:
         warnings.simplefilter("ignore")  # Pillow's, of what does no harm
         if isinstance(picture, Image.Image):
             return on_white(picture)
-        with Image.open(picture) as image:
+        # not by name: some turned TIFF files come out scrambled where Pillow maps them
+        with open(picture, "rb") as file, Image.open(file) as image:
             return on_white(image)
 
 
@@ -1616,7 +1640,7 @@ class Pictures(torch.utils.data.Dataset):
         folder = Path(root) / "train"
         check(folder.is_dir(), f"there is no folder {folder}: pictures belong in {folder}/<class>/")
         self.classes = [entry.name for entry in data_entries(folder)
-                        if entry.is_dir() and next(picture_files(entry.path), None)]
+                        if next(picture_files(entry.path, (os.path.realpath(folder),)), None)]
         number = {name: i for i, name in enumerate(self.classes)}
         files = list(picture_files(self.root))
         names = [os.path.relpath(path, self.root).split(os.sep) for path in files]
@@ -1644,21 +1668,18 @@ class Pictures(torch.utils.data.Dataset):
         epoch, index = item
         for i in itertools.chain([index], self.stand_ins(epoch, index)):
             path, label = self.samples[i]
+            # augmentation depends on nothing but these three numbers
+            random = self.augment or epoch > 1
+            rng = np.random.default_rng((self.seed, epoch, index)) if random else None
             try:
-                image = read_picture(path)
-                break
+                pixels = crop_square(read_picture(path), self.size, rng, self.crop_range)
+                flip = rng.random() < 0.5 if random else epoch == 1
+                return to_tensor(pixels[:, ::-1] if flip else pixels), label
             except Exception as e:  # damaged files raise nearly everything
                 print(f"skipped {path}: {first_line(e)}", file=sys.stderr, flush=True)
             if not self.stand_in:
                 return torch.zeros(3, self.size, self.size), -1
-        else:
-            raise HitaError(f"none of the {len(self)} pictures in {self.root} can be read")
-        # augmentation depends on nothing but these three numbers
-        random = self.augment or epoch > 1
-        rng = np.random.default_rng((self.seed, epoch, index)) if random else None
-        pixels = crop_square(image, self.size, rng, self.crop_range)
-        flip = rng.random() < 0.5 if random else epoch == 1
-        return to_tensor(pixels[:, ::-1] if flip else pixels), label
+        raise HitaError(f"none of the {len(self)} pictures in {self.root} can be read")
 
     def signature(self) -> list:
         """What a cache made from these pictures depends on: names, sizes and dates of the files
@@ -1812,7 +1833,8 @@ def save_checkpoint(path: Path, data: dict) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         guess = "" if isinstance(e, OSError) else "; is the disk full?"
         raise HitaError(f"cannot write {path}: {first_line(e)}{guess} What was there is "
                         "untouched") from e
@@ -1930,11 +1952,15 @@ def fingerprint(*parts) -> str:
 def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str, HitaTokenizer]:
     """The tokenizer that a Llama belongs to: of the flag, the recorded path and the file beside it
     the first whose weights have the recorded hash. HitaError if none has."""
-    wanted = made_from.get("tokenizer_hash")
+    wanted, recorded = made_from.get("tokenizer_hash"), made_from.get("tokenizer")
     exists = lambda place: place in RELEASED or Path(place).is_file()
     check(not flag or exists(flag), f"there is no tokenizer checkpoint {flag}")
-    places = [flag] if flag and not wanted else [flag, made_from.get("tokenizer"), str(beside)]
+    check(flag == recorded or not {flag, recorded} <= RELEASED.keys(),
+          f"this Llama goes with {recorded}, not with {flag}")
+    places = [flag] if flag and not wanted else [flag, recorded, str(beside)]
     found = [place for place in dict.fromkeys(places) if place and exists(place)]
+    check(found or not wanted, f"the tokenizer of this Llama ({recorded or 'in an unknown place'}) "
+                               "is not there: say where it is with --tokenizer")
     for path in found or [str(beside)]:
         try:
             tokenizer = load_tokenizer(path)
@@ -1943,10 +1969,12 @@ def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str
                 continue
             raise
         if wanted in (None, fingerprint(tokenizer)):
+            if flag not in (None, path) and rank() == 0:
+                print(f"{flag} is not the tokenizer of this Llama: using {path}", flush=True)
             return path, tokenizer
     same = {str(Path(place).resolve()): place for place in found}  # a file by two names counts once
     changed = "is not the tokenizer that the Llama was trained on"
-    if not flag and made_from.get("tokenizer") in found:
+    if not flag and recorded in found:
         changed = "was trained on, or replaced, after the Llama had learned its ids"
     raise HitaError(f"{' and '.join(same.values())} {changed}: train a Llama again with python "
                     f"train_ar.py --tokenizer {found[0]} --out NEW_DIR, or name the right state "
@@ -1959,6 +1987,7 @@ def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
     out = Path(args.out)
     newest, log = out / f"{kind}.pt", out / f"{kind}.jsonl"
     path = Path(args.resume or newest)
+    path = path / newest.name if path.is_dir() else path
     if args.resume is None:
         held = newest if newest.exists() else log
         check(not held.exists(), f"{out} holds a run already ({held.name}): continue it with "
@@ -2017,10 +2046,11 @@ def data_root(args: argparse.Namespace, made_from: dict) -> Path:
 def hold(out: Path, kind: str):
     """Make a run directory and claim it, until the file that this gives is closed or the process
     ends. HitaError if another process has claimed it."""
-    out.mkdir(parents=True, exist_ok=True)
-    if rank() > 0 or fcntl is None:
-        return None
-    file = open(out / f"{kind}.lock", "a+")
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if rank() > 0 or fcntl is None:
+            return None
+        file = open(out / f"{kind}.lock", "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
@@ -2043,7 +2073,9 @@ def export(args: argparse.Namespace, kind: str) -> None:
     facts = {name: data[name] for name in ("kind", "step", "ema", "classes") if name in data}
     made = {name: value for name, value in data["made_from"].items()
             if name in ("pictures", "preset", "tokenizer_hash")}
-    made["data"] = "a folder elsewhere" if data["made_from"].get("data") else None
+    made["data"] = "/elsewhere" if data["made_from"].get("data") else None
+    if data["made_from"].get("tokenizer") in RELEASED:
+        made["tokenizer"] = data["made_from"]["tokenizer"]
     save_checkpoint(path, {**facts, "config": vars(data["config"]), "made_from": made})
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 

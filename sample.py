@@ -49,7 +49,8 @@ def parse_args():
     add = parser.add_argument
 
     # what to draw, and how
-    add("--class", dest="classes", nargs="+", metavar="CLASS", help="names or indices [twelve]")
+    add("--class", dest="classes", nargs="+", action="extend", metavar="CLASS",
+        help="names or indices [twelve]")
     add("--num", type=int, default=8, help="pictures per class [8]")
     add("--cfg-scale", type=float, default=2.0, help="classifier-free guidance, 1 is without [2]")
     add("--temperature", type=float, default=1.0, help="below 1 safer, above 1 more varied [1]")
@@ -97,7 +98,7 @@ def parse_args():
     for name, fits, needed in (
             ("num", 1 <= args.num <= 10_000, "between 1 and 10000"),
             ("seed", args.seed >= 0, "0 or more"),
-            ("cfg_scale", 0 <= args.cfg_scale < np.inf, "0 or more"),
+            ("cfg_scale", 0 <= args.cfg_scale <= 1e6, "between 0 and 1000000"),
             ("temperature", 0 < args.temperature < np.inf, "positive (greedy is --top-k 1)"),
             ("top_k", args.top_k >= 0, "0 (all) or more"),
             ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
@@ -124,7 +125,8 @@ def main():
             "keep_globals": keep_globals}
     use = next((name for name in uses if getattr(args, name)), "samples")
     image = Path(args.image or Path(args.out) / f"{use.replace('_', '-')}.png")
-    check_writable(image, (8, 8))
+    if not args.npz:
+        check_writable(image, (8, 8))
     if use == "samples":
         return generate(args, device, image)
     pictures, columns = uses[use](args, device)
@@ -134,16 +136,21 @@ def main():
 
 def check_writable(image: Path, size: tuple[int, int]) -> None:
     """HitaError, before any work is done, if a picture of this size cannot be written there."""
-    image.parent.mkdir(parents=True, exist_ok=True)
-    place = image if image.exists() else image.parent
-    hita.check(os.access(place, os.W_OK) and not image.is_dir(), f"--image {image} cannot be "
-               "written: choose another place")
     try:
-        kind = Image.registered_extensions()[image.suffix.lower()]
-        Image.new("RGB", size).save(io.BytesIO(), kind)
-    except Exception as e:  # each kind has limits of its own
-        raise hita.HitaError(f"--image is {image}, which cannot hold a picture of {size[0]} x "
-                             f"{size[1]} pixels; choose a name that ends in .png") from e
+        image.parent.mkdir(parents=True, exist_ok=True)
+        place = image if image.exists() else image.parent
+        writable = os.access(place, os.W_OK) and not image.is_dir()
+    except OSError:
+        writable = False
+    hita.check(writable, f"--image {image} cannot be written: choose another place")
+    try:
+        kind, file = Image.registered_extensions()[image.suffix.lower()], io.BytesIO()
+        Image.new("RGB", size).save(file, kind)
+        fits = Image.open(file).size == size
+    except Exception:  # each kind has limits of its own
+        fits = False
+    hita.check(fits, f"--image is {image}, which cannot hold a picture of {size[0]} x {size[1]} "
+               "pixels; choose a name that ends in .png")
 
 
 def save_grid(args, pictures: Tensor, columns: int, image: Path) -> None:
@@ -153,6 +160,7 @@ def save_grid(args, pictures: Tensor, columns: int, image: Path) -> None:
         grid.save(image)
     except Exception as e:  # a disk, or a limit of the kind
         kept = Path(args.out) / f"kept-{time.time():.0f}.png"
+        kept.parent.mkdir(parents=True, exist_ok=True)
         grid.save(kept)
         raise hita.HitaError(f"cannot write {image} ({hita.first_line(e)}); the pictures are in "
                              f"{kept}") from e
@@ -182,7 +190,7 @@ def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
         same = same or [i for i, name in enumerate(plain) if name == typed]
         several = ", ".join(f"{i} ({names[i]})" for i in same)
         hita.check(len(same) < 2, f"several classes are called {word}; choose by index: {several}")
-        if not same and word.lstrip("-").isdecimal():
+        if not same and re.fullmatch(r"-?\d+", word):
             hita.check(0 <= int(word) < len(names), f"class {word} is out of range, this model has "
                                                     f"classes 0 to {len(names) - 1}{hint}")
             same = [int(word)]
@@ -271,6 +279,8 @@ def generate(args, device: torch.device, image: Path) -> None:
     else:
         rows = -(-len(class_ids) // args.num)
         check_writable(image, ((size + 2) * args.num + 2, (size + 2) * rows + 2))
+        if args.single:
+            check_writable(image.with_suffix("") / "x.png", (size, size))
         array = np.empty((len(class_ids), size, size, 3), np.uint8)
     start, draw = time.time(), drawing(args, llama)
     for first in range(hita.rank() * CHUNK, len(class_ids), hita.world() * CHUNK):
@@ -281,9 +291,9 @@ def generate(args, device: torch.device, image: Path) -> None:
     if args.npz:
         hita.pack_pictures(Path(args.npz), array)
     else:
+        save_grid(args, torch.from_numpy(array).permute(0, 3, 1, 2), args.num, image)
         if args.single:
             write_single(array, class_ids.tolist(), llama.classes, image)
-        save_grid(args, torch.from_numpy(array).permute(0, 3, 1, 2), args.num, image)
     seconds = time.time() - start
     if hita.rank() == 0:
         print(f"{len(class_ids)} pictures in {seconds:.1f} s ({len(class_ids) / seconds:.2f} "
@@ -295,7 +305,7 @@ def write_single(array: np.ndarray, class_ids: list[int], classes: list[str],
     """Each picture as <class>-<number>.png in a folder beside the grid, instead of the files of
     such names that were there."""
     folder = image.with_suffix("")
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     names = [re.sub(r"[^\w.-]", "_", name)[:60] for name in classes]  # that do not lead elsewhere
     for file in folder.glob("*-*.png"):
         name, number = file.stem.rsplit("-", 1)
@@ -309,8 +319,10 @@ def write_single(array: np.ndarray, class_ids: list[int], classes: list[str],
 
 def load_encoder(args, device: torch.device) -> hita.HitaTokenizer:
     """The tokenizer alone, with the DINOv2 that encoding needs."""
-    own = Path(args.out) / "tokenizer.pt"
+    own, llama = Path(args.out) / "tokenizer.pt", Path(args.out) / "llama.pt"
     path = args.tokenizer or (str(own) if own.exists() or args.out != "out" else DEFAULT[:6])
+    if not args.tokenizer and not own.exists() and llama.exists():  # its tokenizer is elsewhere
+        path, _ = hita.find_tokenizer(hita.read_checkpoint(llama, "llama")["made_from"], None, own)
     tokenizer = hita.load_tokenizer(path)
     print(f"using {path}", flush=True)
     return with_dino(args, tokenizer).to(device, memory_format=torch.channels_last)

@@ -14,9 +14,11 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import huggingface_hub
@@ -891,9 +893,11 @@ def test_a_llama_finds_its_tokenizer_by_the_hash_of_the_weights(tmp_path):
     assert find(None, tmp_path / "moved/tokenizer.pt")[0] == str(tmp_path / "moved/tokenizer.pt")
     with pytest.raises(hita.HitaError, match="(not the|after) .*train_ar.py.*--out"):
         find(None, wrong)
-    for flag in ("typo.pt", None):
-        with pytest.raises(hita.HitaError, match="no tokenizer checkpoint"):
+    for flag, message in (("typo.pt", "no tokenizer checkpoint typo.pt"), (None, "--tokenizer")):
+        with pytest.raises(hita.HitaError, match=message):
             find(flag, tmp_path / "nowhere.pt")
+    with pytest.raises(hita.HitaError, match="goes with hita-v, not with hita-u"):
+        hita.find_tokenizer({"tokenizer": "hita-v"}, "hita-u", tmp_path / "nowhere.pt")
     (tmp_path / "a").mkdir()
     (tmp_path / "a/tokenizer.pt").touch()  # at the recorded place there is something else now
     assert find(None, tmp_path / "moved/tokenizer.pt")[0] == str(tmp_path / "moved/tokenizer.pt")
@@ -1100,6 +1104,31 @@ def test_transparent_pictures_get_a_white_ground_and_broken_ones_are_named(tmp_p
             hita.load_picture(tmp_path / name, 16)
 
 
+@pytest.mark.parametrize("bits, colours", [(1, 1), (2, 1), (4, 1), (16, 1), (8, 3), (16, 3)])
+def test_a_value_may_be_transparent_in_png_files_of_any_depth(bits, colours, tmp_path):
+    top, clear = 2 ** bits - 1, max(1, 2 ** bits // 255)
+    row = "".join(f"{value:0{bits}b}" * colours for value in (0, clear, top))
+    row = int(row.ljust(8 * -(-len(row) // 8), "0"), 2).to_bytes(-(-len(row) // 8), "big")
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 3, 1, bits, colours - 1, 0, 0, 0)),
+              (b"tRNS", struct.pack(">H", clear) * colours),
+              (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks))
+    found = hita.read_picture(tmp_path / "x.png")
+    assert [found.getpixel((x, 0)) for x in range(3)] == [(0,) * 3, (255,) * 3, (255,) * 3]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_turned_tiff_files_are_upright(mode, tmp_path):
+    pixels = np.arange(0, 240, 40, dtype=np.uint8).reshape(2, 3)
+    image = Image.fromarray(pixels).convert(mode) if mode != "I;16" else Image.fromarray(
+        pixels.astype(np.uint16) * 257)
+    image.save(tmp_path / "x.tif", tiffinfo={274: 6})
+    found = np.asarray(hita.read_picture(tmp_path / "x.tif"))[..., 0]
+    assert np.abs(found - np.rot90(pixels, -1).astype(int)).max() <= 1
+
+
 def test_float_and_integer_pictures_span_their_own_range_and_grey_may_be_transparent(tmp_path):
     ramp = np.linspace(0, 1, 16).reshape(4, 4)
     holes = np.where(ramp > 0.9, np.nan, ramp)
@@ -1108,6 +1137,14 @@ def test_float_and_integer_pictures_span_their_own_range_and_grey_may_be_transpa
         Image.fromarray(values).save(tmp_path / "x.tif")
         found = np.asarray(hita.read_picture(tmp_path / "x.tif"))[..., 0]
         assert np.abs(found - 255 * ramp).max() <= 1
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "x.pfm")
+    assert np.abs(np.asarray(hita.read_picture(tmp_path / "x.pfm"))[..., 0] - 255 * ramp).max() <= 1
+    Image.fromarray((65535 * ramp).astype(np.uint16)).save(tmp_path / "x.tif")
+    entry = struct.pack("<HHIH", 262, 3, 1, 1)  # black is zero -> white is zero
+    data = (tmp_path / "x.tif").read_bytes().replace(entry, entry[:-2] + b"\0\0")
+    (tmp_path / "x.tif").write_bytes(data)
+    found = np.asarray(hita.read_picture(tmp_path / "x.tif"))[..., 0]
+    assert np.abs(255 - found - 255 * ramp).max() <= 1
     Image.fromarray(holes.astype(np.float32)).save(tmp_path / "x.tif")
     found = np.asarray(hita.read_picture(tmp_path / "x.tif"))[..., 0]
     assert found.max() == 255 and found[0, 0] == found[3, 3] == 0
@@ -1118,12 +1155,12 @@ def test_float_and_integer_pictures_span_their_own_range_and_grey_may_be_transpa
 
 
 def rgb_profile() -> bytes:
-    """An ICC profile of a space in which red and green are each other: sRGB's, two tags swapped."""
+    """A profile of a space in which red and green are each other: sRGB's, under its name."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     tags = {bytes(profile[i:i + 4]): i for i in range(132, 132 + 12 * profile[131], 12)}
     red, green = tags[b"rXYZ"] + 4, tags[b"gXYZ"] + 4
     profile[red:red + 8], profile[green:green + 8] = profile[green:green + 8], profile[red:red + 8]
-    return bytes(profile).replace(b"s\0R\0G\0B", b"m\0i\0n\0e")
+    return bytes(profile)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
@@ -1171,9 +1208,11 @@ def test_what_other_programs_leave_is_no_data_and_links_are_followed(tmp_path, c
     (root / "train/class0/link").symlink_to(tmp_path / "more")
     (tmp_path / "more/deep/back").symlink_to(root / "train/class0")
     (tmp_path / "more/up").symlink_to(tmp_path / "more")
-    assert len(hita.Pictures(root, "train", 16)) == 12 + 1
-    assert "1 pictures in" in capfd.readouterr().err
+    (root / "train/all").symlink_to(root / "train")
+    (root / "train/class1/self.png").symlink_to(root / "train/class1/self.png")
     data = hita.Pictures(root, "train", 16)
+    assert len(data) == 12 + 1 + 1 and len(data.classes) == 5  # with the link to itself
+    assert "1 pictures in" in capfd.readouterr().err
     before = data.signature()
     os.utime(tmp_path / "more/deep/x.png", (1, 1))
     assert data.signature() != before
@@ -1432,6 +1471,7 @@ def test_scripts_llama_in_two_processes_equals_one_and_samples(script, tmp_path)
     ("sample.py --seed -1", "--seed"), ("sample.py --count 5", "--npz"),
     ("sample.py --from README.md", "--style"), ("sample.py --keep nan", "--keep"),
     ("sample.py --class -x", "--class=-"), ("sample.py --cfg-scale nan", "--cfg-scale"),
+    ("sample.py --cfg-scale 1e30", "--cfg-scale"),
     ("sample.py --temperature 0", "--temperature"),
     ("sample.py --reconstruct README.md --keep-globals", "not allowed with"),
     ("sample.py --fd nowhere nowhere", "nowhere"), ("sample.py --complete README.md", "--class")])
@@ -1505,6 +1545,9 @@ def test_a_resumed_llama_run_equals_an_uninterrupted_one(script, monkeypatch, tm
     assert figures(Path("fork/llama.jsonl")) == [x for x in whole if x["step"] > 8]
     script("sample.py", "--llama", "fork/llama.pt", "--num", 1)  # finds the tokenizer of tok/
     assert Path("out/samples.png").exists()
+    (tmp_path / "data/train/class0").rename(tmp_path / "data/train/xclass")
+    with pytest.raises(hita.HitaError, match="classes in .* are not those"):
+        script("train_ar.py", "--out", "parts", "--resume", "parts")
     save_tiny(tmp_path / "tok")
     with pytest.raises(hita.HitaError, match="after the Llama|not the tokenizer"):
         script("train_ar.py", "--out", "parts", "--resume")
@@ -1575,6 +1618,9 @@ def test_a_second_ctrl_c_ends_a_run_at_once(script):
     assert not stop.asked()
     signal.raise_signal(signal.SIGTERM)
     assert stop.asked()
+    with pytest.raises(SystemExit), stop.at_once():  # it came while the checkpoint was written
+        pytest.fail("went on")
+    stop.saved = False
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 
@@ -1623,6 +1669,7 @@ def test_a_tokenizer_trained_on_after_its_llama_is_named(script):
     name, *flags = re.search(r"with python (.*) --out", str(error.value))[1].split()
     script(name, *flags, *SMALL_AR, "--out", "again")  # the command that it gives
     script("sample.py", "--out", "again", "--num", 1)
+    script("sample.py", "--out", "again", "--reconstruct", "data/val/class0/0.png")
     Path("again").rename("elsewhere")  # the hash decides, not the path
     Path("elsewhere/tokenizer.pt").write_bytes(Path("out/tokenizer.pt").read_bytes())
     Path("out").rename("gone")
@@ -1659,6 +1706,11 @@ def test_exported_weights_go_on_without_what_belongs_to_this_machine(script, tmp
             script(name, "--export", f"{kind}.pt")
     Path("out").rename("gone")
     script("sample.py", "--llama", "llama.pt", "--num", 1)
+    Path("tokenizer.pt").rename("mine.pt")
+    with pytest.raises(hita.HitaError, match="tokenizer of this Llama.*--tokenizer"):
+        script("sample.py", "--llama", "llama.pt", "--num", 1)
+    script("sample.py", "--llama", "llama.pt", "--num", 1, "--tokenizer", "mine.pt")
+    Path("mine.pt").rename("tokenizer.pt")
     script("train_tokenizer.py", "--eval", "tokenizer.pt", "--data", "data")
     with pytest.raises(hita.HitaError, match="elsewhere.*--data"):
         script("train_ar.py", "--tokenizer", "tokenizer.pt")
@@ -1725,6 +1777,7 @@ def test_classes_by_name_and_index(capsys):
     assert "class 1: name 5, index 1" in capsys.readouterr().out
     assert find(["cafe\u0301"], ["caf\u00e9", "x"]) == find(["CAF\u00c9"], ["cafe\u0301"]) == [0]
     for wrong, message in (("face-hapy", "face-happy"), ("5", "0 to 4"), ("-1", "0 to 4"),
+                           ("--5", "no class is called --5"),
                            ("FLAG", r"2 \(flag\), 3 \(Flag\)")):
         with pytest.raises(hita.HitaError, match=message):
             find([wrong], names)
@@ -1860,13 +1913,14 @@ def test_pictures_that_cannot_be_written_are_refused_before_or_kept(script, tmp_
             script(*few, num, "--image", image)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [*few, "1", "--image", "x.png"])
+    monkeypatch.setattr(sys, "argv", [*few, "1", "--image", "x.png", "--out", "new", "--llama",
+                                      "out/llama.pt"])
     true = Image.Image.save
     monkeypatch.setattr(Image.Image, "save", lambda self, to, *a: true(self, to, *a) if str(
         to) != "x.png" else Path("missing/x").touch())
-    with pytest.raises(hita.HitaError, match="the pictures are in out/kept-"):
+    with pytest.raises(hita.HitaError, match="the pictures are in new/kept-"):
         sample.main()
-    assert len(list(Path("out").glob("kept-*.png"))) == 1
+    assert len(list(Path("new").glob("kept-*.png"))) == 1
 
 
 @pytest.mark.parametrize("n", [200, 5])  # 5 pictures: covariances have not full rank

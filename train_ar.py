@@ -100,6 +100,8 @@ def main():
     cfg = dataclasses.replace(cfg, num_classes=len(train.classes), **same)
     if saved:
         hita.check_resume(saved, cfg, recipe, len(train))
+        hita.check(saved["classes"] == train.classes, f"the classes in {train.root} are not those "
+                   f"of {saved['path']}: give the right --data, or start anew with another --out")
     torch.manual_seed(recipe.seed)
     llama = hita.Llama(cfg)
     if args.init_from and not saved:

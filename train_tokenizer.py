@@ -255,7 +255,8 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
     """
     device = next(tokenizer.parameters()).device
     mine = list(range(hita.rank(), len(data), hita.world()))
-    loader = DataLoader(data, 16, sampler=[(0, i) for i in mine], num_workers=workers)
+    loader = DataLoader(data, 16, sampler=[(0, i) for i in mine], num_workers=workers,
+                        worker_init_fn=hita.ignore_signals)
     size = 256 if data.size == 336 else data.size
     files = [Path(f"{npz}-{kind}.npz") for kind in ("originals", "reconstructions") if npz]
     arrays = [hita.picture_array(file, len(data), size) for file in files]
