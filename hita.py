@@ -3,14 +3,14 @@
 ICCV 2025, arXiv 2507.02358. Most image tokenizers cut a picture into patches and give each patch a
 code. Hita adds M *global* (holistic) tokens that describe the picture as a whole, and puts them
 first. The decoder reads one state per patch, each taken k positions early, so that no patch sees
-its own code and the globals are needed:
+its own code and has to rely on the globals:
 
     image (B, 3, H, W)
       Encoder                 conv VQGAN, stride f                      -> (B, D, h, w), N = h*w
       DINOv2                  frozen ViT, sees the image at 224 px      -> (B, 257, 1024)
       QueryExtractor          [M queries; DINOv2; N patches] bidirectional,
                               then [M queries; N patches] causal        -> (B, M, D), (B, N, D)
-      VectorQuantizer, twice  global and patch codebook of V codes      -> ids (B, M), (B, N)
+      VectorQuantizer, twice  a codebook of V codes for each kind       -> ids (B, M), (B, N)
       Fusion                  [M global; N patch] causal; of the states N in a row,
                               of which the first belongs to global M-k  -> (B, N, D)
       Decoder                 conv VQGAN                                -> (B, 3, H, W)
@@ -22,7 +22,7 @@ fusion, tokenizer, losses, Llama. Part 2, below the banner, is what the scripts 
 presets, flags, pictures, logs, checkpoints, released files. It can be left unread.
 
 Letters in shape comments: B batch, H W pixels, h w patch grid, N = h*w patch tokens, M global
-tokens, D latent width, C code width (12 global, 8 patch), V codebook size, T sequence length,
+tokens, D latent width, C code width (12 global, 8 patch), V size of a codebook, T sequence length,
 d channels of a head, f stride (pixels per patch side), k positions of k-replacement.
 Images are float tensors (B, 3, H, W) in [-1, 1]; token ids are int64.
 """
@@ -74,7 +74,7 @@ class TokenizerConfig:
     global_code_dim: int = 12  # width of a global code
     patch_code_dim: int = 8  # width of a patch code
     beta: float = 0.25  # weight of the commitment term
-    centre: bool = False  # quantize how a picture differs from the others; for short trainings
+    centre: bool = False  # bring what is quantized to mean 0, variance 1; for short trainings
     revive_codes: bool = False  # move codes that are hardly used onto encoder outputs; small data
     k: int = 4  # positions by which the decoder's window starts before the patches
     dino: str = "vit_large_patch14_reg4_dinov2.lvd142m"  # timm name of the DINOv2, or none
@@ -82,7 +82,7 @@ class TokenizerConfig:
     vfm_recon: bool = False  # Hita-U: predict the DINOv2 features from the globals in training
 
     def __post_init__(self):
-        check(self.image_size % self.stride == 0 < self.grid,
+        check(self.grid > 0 and self.image_size % self.stride == 0,
               f"image_size {self.image_size} is not a multiple of the stride {self.stride}")
         check(self.channels % 4 == 0, f"channels is {self.channels}, it must be a multiple of 4")
         check(self.heads > 0 and self.latent_dim % self.heads == 0,
@@ -135,7 +135,7 @@ class LlamaConfig:
 # ---- Convolutional encoder and decoder (VQGAN, Esser et al. 2021) ------------
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups; in the thin nets of small presets fewer, so that a group has 4 channels."""
+    """32 groups; in the thin nets of small presets fewer, of at least 4 channels each."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)
 
 
@@ -454,12 +454,15 @@ class Centring(nn.Module):
             z, mean, var = z.float(), self.mean, self.var
             # evaluation and encode use what training has seen, and do not add to it
             if self.training and torch.is_grad_enabled():
-                check(len(z) * world() > 1, "centring needs a batch of at least two pictures")
+                check(len(z) * world() > 1, "centring needs a batch of at least two pictures: "
+                                            "raise --batch-size, or give --no-centre")
+                # over the batch and, where the statistics are common ones, over positions
                 dims = (0,) if len(mean) > 1 else (0, 1)
-                # the gradient passes through both; without it the mean runs away
+                # all_mean (Part 2) is over the processes. The gradient passes through both;
+                # without it the mean runs away.
                 mean = all_mean(z.mean(dims, keepdim=True))[0]  # (positions, C)
                 var = all_mean((z - mean).square().mean(dims, keepdim=True))[0]
-                n = world() * z[..., 0].numel() // len(mean)
+                n = world() * z[..., 0].numel() // len(mean)  # values behind each statistic
                 self.mean.lerp_(mean.detach(), 0.01)
                 self.var.lerp_(var.detach() * n / (n - 1), 0.01)
             return (z - mean) * (var + 1e-5).rsqrt()
@@ -515,7 +518,7 @@ class Fusion(nn.Module):
 
     So the first k states come from global tokens alone (cell k-1 is the first to see all M), later
     ones from all globals and the patches up to i - k; with k > 0 none sees its own patch. That is
-    to force the global tokens to carry information: with k = 0 nothing here does.
+    meant to force the global tokens to carry information.
     The last k patch tokens reach no cell, yet the Llama must predict them too.
     """
 
@@ -588,9 +591,9 @@ class HitaTokenizer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.attach_dino(None)
-        Quantizer = RevivingQuantizer if cfg.revive_codes else VectorQuantizer
         D, M = cfg.latent_dim, cfg.num_global
-        centring = Centring if cfg.centre else lambda positions, dim: nn.Identity()
+        centring = Centring if cfg.centre else nn.Identity  # which ignores its arguments
+        Quantizer = RevivingQuantizer if cfg.revive_codes else VectorQuantizer  # see Part 2
         self.encoder = Encoder(cfg)
         self.patch_down = nn.Linear(D, cfg.patch_code_dim)
         self.patch_centring = centring(1, cfg.patch_code_dim)
@@ -868,11 +871,11 @@ class Llama(nn.Module):
     def __init__(self, cfg: LlamaConfig):
         super().__init__()
         self.cfg = cfg
-        M, V, dim = cfg.num_global, cfg.patch_codebook_size, cfg.dim
+        M, dim = cfg.num_global, cfg.dim
         # one row more than classes: the last means "no class"
         self.class_embedding = nn.Embedding(cfg.num_classes + 1, dim)
-        self.patch_embedding = nn.Embedding(V, dim)
-        self.patch_head = nn.Linear(dim, V, bias=False)
+        self.patch_embedding = nn.Embedding(cfg.patch_codebook_size, dim)
+        self.patch_head = nn.Linear(dim, cfg.patch_codebook_size, bias=False)
         if M:
             self.global_embedding = nn.Embedding(cfg.global_codebook_size, dim)
             self.global_head = nn.Linear(dim, cfg.global_codebook_size, bias=False)
@@ -943,7 +946,7 @@ class Llama(nn.Module):
         temperature, top_k, top_p: see filter_logits; top_k=1 is greedy. given (B, P): the first P
         ids. random (B, M + N): see random_numbers, which makes them of the seed. released_sampling:
         embed the last global token with the patch table, as the released sampling code does by
-        mistake. Raises HitaError for classes that the model does not have.
+        mistake, for codebooks of one size. HitaError for classes that the model does not have.
         """
         cfg, M = self.cfg, self.cfg.num_global
         is_ids = isinstance(class_ids, Tensor) and class_ids.dtype == torch.int64
@@ -951,6 +954,9 @@ class Llama(nn.Module):
               "torch.tensor([207]); by name: torch.tensor([llama.classes.index(name)])")
         check(all(0 <= c < cfg.num_classes for c in class_ids.tolist()),
               f"{class_ids.tolist()}: this model has the classes 0 to {cfg.num_classes - 1}")
+        sizes = cfg.global_codebook_size, cfg.patch_codebook_size
+        check(not (released_sampling and M) or sizes[0] == sizes[1], "released_sampling looks a "
+              f"global id up in the patch table: it needs codebooks of one size, not {sizes}")
         ids = class_ids.new_empty(len(class_ids), 0) if given is None else given
         total = M + cfg.num_patches
         if random is None:

@@ -218,9 +218,6 @@ def load(args, device: torch.device) -> tuple[hita.HitaTokenizer, hita.Llama, li
         theirs, ours = getattr(tokenizer.cfg, name), getattr(llama.cfg, name)
         hita.check(theirs == ours, f"{name} is {theirs} in {found} and {ours} in {path}: they do "
                                    "not belong together; name the right --tokenizer")
-    sizes = tokenizer.cfg.global_codebook_size, tokenizer.cfg.patch_codebook_size
-    hita.check(not args.released_sampling or sizes[0] == sizes[1], "--released-sampling looks a "
-               f"global id up in the patch table: it needs codebooks of one size, not {sizes}")
     if hita.rank() == 0:
         print(f"using {path} and {found}", flush=True)
     tokenizer.to(device, memory_format=torch.channels_last)

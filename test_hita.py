@@ -1425,7 +1425,10 @@ def test_scripts_tokenizer_in_two_processes_equals_one(script, tmp_path):
     assert result.returncode == 0 and "FutureWarning" not in result.stderr, result.stderr
     # centring is on, as in the demo; the discriminator, whose batch statistics are per process,
     # comes in at the last step only
-    log = same_figures(Path("one/tokenizer.jsonl"), Path("two/tokenizer.jsonl"), "rec", "codebook")
+    logs = Path("one/tokenizer.jsonl"), Path("two/tokenizer.jsonl")
+    log = same_figures(*logs, "rec", "codebook", "global_bits", "patch_bits")
+    # before the discriminator gradients are the same, too
+    assert log[0]["grad"] == pytest.approx(figures(logs[1])[0]["grad"], rel=1e-4)
     assert {"loss", "rec", "codebook", "adv", "disc", "D(real)", "D(fake)", "grad", "global_use",
             "global_bits", "patch_use", "patch_bits"} <= set(log[1])
     assert log[2]["step"] == 4 and "psnr" in log[2] and Path("one/tokenizer-000004.png").exists()
@@ -1463,6 +1466,7 @@ def test_scripts_llama_in_two_processes_equals_one_and_samples(script, tmp_path)
     ("train_tokenizer.py --resume nowhere.pt", "nowhere.pt"), ("sample.py --num 0", "--num"),
     ("train_tokenizer.py --resume data/README.md", "data/README.md"),
     ("train_tokenizer.py --image-size 8192 --channels 65536 --latent-dim 65536", "memory"),
+    ("train_tokenizer.py --batch-size 1 --gan-weight 0", "--batch-size"),
     ("train_tokenizer.py --eval", "train_tokenizer.py"), ("train_ar.py --copies 0", "copies"),
     ("train_tokenizer.py --eval nowhere.pt", "nowhere.pt"), ("sample.py --top-p 2", "top-p"),
     ("train_tokenizer.py --crop-range 1.5", "crop_range"), ("sample.py --num 1e9", "1e9"),
@@ -1746,8 +1750,12 @@ def test_fine_tuning_the_tokenizer_takes_weights_and_discriminator(script):
     script("train_tokenizer.py", *flags, "--k", 3)  # k may change
     with pytest.raises(hita.HitaError, match="does not fit"):
         script("train_tokenizer.py", *flags, "--out", "third", "--latent-dim", 32)
+    plain = ["--no-centre", "--out", "plain"]
     with pytest.raises(hita.HitaError, match="with centring.*--centre"):
-        script("train_tokenizer.py", *flags, "--out", "third", "--no-centre")
+        script("train_tokenizer.py", *flags, *plain)
+    script("train_tokenizer.py", *flags[:2], *SMALL, *plain, "--steps", 1)
+    with pytest.raises(hita.HitaError, match="without centring.*--no-centre"):
+        script("train_tokenizer.py", *flags[:-1], "plain/tokenizer.pt", "--out", "third")
 
 
 def test_fine_tuning_the_llama_starts_other_classes_anew(tmp_path):
@@ -1874,8 +1882,14 @@ def test_kept_globals(shown, monkeypatch):
 
 def test_released_sampling_needs_codebooks_of_one_size(tmp_path, script):
     sizes = dict(global_codebook_size=16)
-    save_tiny(tmp_path / "out", tiny(**sizes), tiny_llama(**sizes))
+    _, llama = save_tiny(tmp_path / "out", tiny(**sizes), tiny_llama(**sizes))
     script("sample.py", "--num", 1)
+    hita.save_checkpoint(Path("alone.pt"), {  # one that does not know its tokenizer
+        "kind": "llama", "config": vars(llama.cfg), "ema": llama.state_dict()})
+    hita.save_checkpoint(Path("other.pt"), {
+        "kind": "tokenizer", "config": vars(TINY), "ema": tiny().state_dict()})
+    with pytest.raises(hita.HitaError, match="global_codebook_size is 32 .* 16"):
+        script("sample.py", "--num", 1, "--llama", "alone.pt", "--tokenizer", "other.pt")
     with pytest.raises(hita.HitaError, match=r"one size, not \(16, 32\)"):
         script("sample.py", "--num", 1, "--released-sampling")
 
@@ -1987,18 +2001,27 @@ def test_linear_probe_finds_the_optimum_that_scipy_finds():
 
 
 @pytest.mark.parametrize("flags", [
-    ["--num-global", 0, "--k", 0], ["--k", 0], ["--k", 6], ["--dino", VIT, "--dino-dim", 384]])
-def test_ablations_work_from_training_to_evaluation(flags, script, vit_file, small_dino):
+    ["--num-global", 0, "--k", 0], ["--k", 0], ["--k", 6, "--no-centre"],
+    ["--dino", VIT, "--dino-dim", 384]])
+def test_ablations_work_from_training_to_evaluation(flags, script, vit_file, small_dino,
+                                                    monkeypatch):
     dino = ["--dino-file", vit_file] if "--dino" in flags else []
     script("train_tokenizer.py", "--data", "data", *SMALL, *flags, *dino, "--steps", 1)
     script("train_ar.py", *SMALL_AR, "--steps", 1)  # data and DINOv2: what the tokenizer had
+    seen, true = [], train_tokenizer.evaluate
+    monkeypatch.setattr(train_tokenizer, "evaluate", lambda *args: (
+        seen.append(args), true(*args))[1])
     script("train_tokenizer.py", "--eval", "--npz", "out/val")
     script("sample.py", "--class", 1, "--num", 2)
     script("sample.py", "--complete", "data/val/class0/0.png", "--class", "1", "--num", 2)
     line, = figures(Path("out/eval.jsonl"))
     assert {"psnr", "patch_use", "patch_bits", "probe_patch", "probe_chance"} <= set(line)
     assert line["pictures"] == 30
-    assert {"probe_global", "global_bits", "swap"} <= set(line) or line["M"] == 0
+    if line["M"]:
+        assert {"probe_global", "global_bits", "swap"} <= set(line)
+        tokenizer, val, _, _, _, _, others = seen[0]  # globals of the picture half the split on
+        own = train_tokenizer.encode_all(tokenizer, val, 1, 0)[1]
+        assert torch.equal(others, torch.cat([own[15:], own[:15]]))
     originals, recon = (np.load(f"out/val-{kind}.npz")["arr_0"]
                         for kind in ("originals", "reconstructions"))
     assert originals.shape == recon.shape == (30, 24, 24, 3)

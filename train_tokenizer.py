@@ -232,7 +232,7 @@ def start_from(tokenizer: hita.HitaTokenizer, discriminator: nn.Module, path: st
     theirs = data["config"].centre
     how, flag = ("with", "--centre") if theirs else ("without", "--no-centre")
     hita.check(theirs == tokenizer.cfg.centre, f"{path} was trained {how} centring, and goes on "
-               f"so: give {flag}")
+               f"so: give {flag}, or the --preset that it was trained with")
     hita.load_weights(tokenizer, data["ema"], path)
     if "main.0.weight" in data.get("discriminator", {}):
         hita.load_weights(discriminator, data["discriminator"], path)
@@ -326,7 +326,7 @@ def evaluate_checkpoint(args) -> None:
 
     # swap is measured with the globals of the picture half the split further on
     found, others = encode_all(tokenizer, val, 1, workers), None
-    if cfg.num_global:
+    if cfg.num_global and len(val) > 1:
         others = found[1].roll(len(val) // 2, dims=0)
     figures = evaluate(tokenizer, val, out / "eval.png", workers, perceptual, args.npz, others)
     known = encode_all(tokenizer, train, math.ceil(len(train) / 20_000), workers)
