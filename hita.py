@@ -1212,7 +1212,7 @@ class DifferentiableSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        # every process's loss depends on this process's x
+        """The sum again, since every process's loss depends on this process's x."""
         return all_sum(grad.clone())
 
 
@@ -1482,6 +1482,7 @@ def embedded_data(out: str | Path = "out") -> Path:
             z.extractall(temporary)
         with contextlib.suppress(OSError):  # another run may have been faster
             os.replace(temporary, folder)
+        check(folder.is_dir(), f"{temporary} cannot be renamed: choose another directory with --out")
     barrier()
     return folder
 
@@ -1841,8 +1842,8 @@ def save_checkpoint(path: Path, data: dict) -> None:
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
-        guess = "" if isinstance(e, OSError) else "; is the disk full?"
-        raise HitaError(f"cannot write {path}: {first_line(e)}{guess} What was there is "
+        guess = "" if isinstance(e, OSError) else " (is the disk full?)"
+        raise HitaError(f"cannot write {path}: {first_line(e)}{guess}; what was there before is "
                         "untouched") from e
 
 

@@ -319,8 +319,10 @@ def load_encoder(args, device: torch.device) -> hita.HitaTokenizer:
     own, llama = Path(args.out) / "tokenizer.pt", Path(args.out) / "llama.pt"
     path = args.tokenizer or (str(own) if own.exists() or args.out != "out" else DEFAULT[:6])
     if not args.tokenizer and not own.exists() and llama.exists():  # its tokenizer is elsewhere
-        path, _ = hita.find_tokenizer(hita.read_checkpoint(llama, "llama")["made_from"], None, own)
-    tokenizer = hita.load_tokenizer(path)
+        made_from = hita.read_checkpoint(llama, "llama")["made_from"]
+        path, tokenizer = hita.find_tokenizer(made_from, None, own)
+    else:
+        tokenizer = hita.load_tokenizer(path)
     print(f"using {path}", flush=True)
     return with_dino(args, tokenizer).to(device, memory_format=torch.channels_last)
 
