@@ -1482,7 +1482,7 @@ def embedded_data(out: str | Path = "out") -> Path:
             z.extractall(temporary)
         with contextlib.suppress(OSError):  # another run may have been faster
             os.replace(temporary, folder)
-        check(folder.is_dir(), f"{temporary} cannot be renamed: choose another directory with --out")
+        check(folder.is_dir(), f"{temporary} cannot be renamed: choose another place with --out")
     barrier()
     return folder
 
