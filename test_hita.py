@@ -54,10 +54,11 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 @pytest.fixture(autouse=True)
-def same_seed_and_cpu(monkeypatch):
-    """Tests in this process run on the CPU, but for those that move things to CUDA themselves."""
+def same_seed_and_cpu(request, monkeypatch):
+    """Tests in this process run on the CPU, but for those of CUDA."""
     torch.manual_seed(0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if "cuda" not in request.node.name:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")
@@ -626,10 +627,12 @@ def test_llama_step_can_be_traced_as_a_whole_and_draws_the_same():
 
 @CUDA
 @pytest.mark.parametrize("compiled", [False, True])
-def test_llama_on_cuda_draws_what_the_cpu_draws(compiled):
-    """Guidance, given tokens, sampling; in float32 the same ids but for near-ties, and in bfloat16
-    the compiled step equals the eager one."""
-    llama, class_ids = tiny_llama(), torch.arange(5)
+@pytest.mark.parametrize("V", [32, 16384])
+def test_llama_on_cuda_draws_what_the_cpu_draws(V, compiled):
+    """Guidance, given tokens, sampling; in float32 the same ids but for near-ties; in bfloat16
+    the compiled step works."""
+    llama = tiny_llama(global_codebook_size=V, patch_codebook_size=V)
+    class_ids = torch.arange(64) % 5
     draw = lambda model, **how: torch.cat(model.generate(
         class_ids.to(model.norm.weight.device), 2.0, seed=1, **how), dim=1).cpu()
     expected = draw(llama)
@@ -637,12 +640,13 @@ def test_llama_on_cuda_draws_what_the_cpu_draws(compiled):
     if compiled:
         llama.step = torch.compile(llama.step, mode="reduce-overhead", fullgraph=True)
     for _ in range(2):  # compiled and recorded, then launched only
-        assert (draw(llama) == expected).float().mean() > 0.95
+        same = (draw(llama) == expected).float().mean()  # after a near-tie all goes another way
+        assert same > (0.95 if V == 32 else 0.5)
     given = expected[:, :8].cuda()
     assert torch.equal(draw(llama, given=given)[:, :8], expected[:, :8])
     for p in llama.parameters():
         p.data = p.data.bfloat16()
-    assert draw(llama).max() < 32
+    assert draw(llama, top_k=100, top_p=0.9).max() < V
 
 
 def test_llama_guidance_of_one_is_the_identity_and_guidance_reaches_the_logits():
@@ -674,6 +678,13 @@ def test_llama_tokens_are_drawn_with_their_probabilities():
     logits = llama(class_ids[:1], ids(1, 0), ids(1, 1))[1]
     shares = drawn.flatten().bincount(minlength=4) / len(class_ids)
     assert shares.tolist() == pytest.approx(logits[0, 0].softmax(-1).tolist(), abs=0.02)
+
+
+@pytest.mark.parametrize("V", [1, 127, 128, 129, 16384])
+def test_llama_sums_in_blocks_equal_plain_ones(V):
+    probs = torch.rand(3, V).softmax(dim=-1)
+    sums = hita.cumulative(probs)
+    assert torch.allclose(sums, probs.cumsum(dim=-1), atol=1e-5) and (sums.diff() >= 0).all()
 
 
 def test_llama_never_draws_an_id_of_probability_0():
@@ -1459,7 +1470,7 @@ def test_scripts_llama_in_two_processes_equals_one_and_samples(script, tmp_path)
     ("train_tokenizer.py --channel-mult 1,,2", "channel-mult"), ("train_ar.py", "tokenizer.py"),
     ("train_tokenizer.py --resume nowhere.pt", "nowhere.pt"), ("sample.py --num 0", "--num"),
     ("train_tokenizer.py --resume data/README.md", "data/README.md"),
-    ("train_tokenizer.py --image-size 8192 --channels 65536 --latent-dim 65536", "memory"),
+    ("train_tokenizer.py --channels 1048576 --latent-dim 1048576", "memory"),
     ("train_tokenizer.py --batch-size 1 --gan-weight 0", "--batch-size"),
     ("train_tokenizer.py --eval", "train_tokenizer.py"), ("train_ar.py --copies 0", "copies"),
     ("train_tokenizer.py --eval nowhere.pt", "nowhere.pt"), ("sample.py --top-p 2", "top-p"),
@@ -1587,7 +1598,7 @@ def test_a_run_that_diverges_stops_before_weights_and_checkpoint(script, monkeyp
 def test_a_signal_ends_a_run_after_its_step(number, tmp_path):
     data, out = picture_folder(tmp_path / "data"), tmp_path / "out"
     command = [sys.executable, "train_tokenizer.py", "--data", data, "--out", out, *RUN,
-               "--workers", 1, "--steps", 100_000]
+               "--workers", 1, "--steps", 100_000, "--device", "cpu"]
     process = subprocess.Popen(
         list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
