@@ -135,11 +135,9 @@ class LlamaConfig:
 # ---- Convolutional encoder and decoder (VQGAN, Esser et al. 2021) ------------
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups; in layers of less than 128 channels, which small presets have, one.
-
-    A norm takes from its channels what they have in common all over the picture, such as its hue.
-    Of a group of 4 that is a lot: with such groups the demo learned the hue 250 steps later.
-    """
+    """As released: 32 groups from 128 channels on, of at least 4 each. In thinner layers one group:
+    what all pixels of a group share, its mean and scale, is lost, and in thin nets with groups of 4
+    that was the hue; with such groups the demo learned it 250 steps later."""
     groups = math.gcd(32, channels // 4) if channels >= 128 else 1
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
@@ -1039,7 +1037,7 @@ def draw(probs: Tensor, random: Tensor) -> Tensor:
     """Probabilities (B, V), uniform numbers (B, 1) -> ids (B, 1): inverts the cumulative sum."""
     # an id of probability 0 stays below every target and is never drawn
     sums = cumulative(probs).masked_fill(probs == 0, 0.0)
-    # the whole is 1 but for rounding
+    # the largest sum is 1 but for rounding
     target = random * sums.amax(dim=-1, keepdim=True)
     # argmax gives the first that is above
     return (sums > target).int().argmax(dim=-1, keepdim=True)
@@ -1047,10 +1045,10 @@ def draw(probs: Tensor, random: Tensor) -> Tensor:
 
 def cumulative(probs: Tensor) -> Tensor:
     """Cumulative sums of probabilities (B, V) -> (B, V), within blocks of 128 and then over the
-    blocks: torch.compile (2.11) fails on a cumsum over 16,384."""
+    blocks: for CUDA, torch.compile (2.11) fails on a cumsum over 16,384."""
     V = probs.shape[-1]
-    inner = F.pad(probs, (0, -V % 128)).unflatten(1, (-1, 128)).cumsum(dim=-1)  # (B, V/128, 128)
-    before = F.pad(inner[:, :-1, -1].cumsum(dim=-1), (1, 0))  # (B, V/128)
+    inner = F.pad(probs, (0, -V % 128)).unflatten(1, (-1, 128)).cumsum(dim=-1)  # (B, blocks, 128)
+    before = F.pad(inner[:, :-1, -1].cumsum(dim=-1), (1, 0))  # (B, blocks)
     return (inner + before[..., None]).flatten(1)[:, :V]
 
 
@@ -1143,8 +1141,8 @@ class RevivingQuantizer(VectorQuantizer):
 
     @torch.no_grad()
     def revive(self, z: Tensor) -> None:
-        """Put codes with less than 0.1 remembered uses onto random ones of z (B*T, C)."""
-        self.hits *= 0.9
+        """Put codes with fewer than 0.1 remembered uses onto random ones of z (B*T, C)."""
+        self.hits *= 0.9  # a single use is forgotten after 22 steps
         dead = self.hits < 0.1
 
         # outputs and choices are those of all processes, so that the codebooks stay the same

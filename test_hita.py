@@ -57,7 +57,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def same_seed_and_cpu(request, monkeypatch):
     """Tests in this process run on the CPU, but for those of CUDA."""
     torch.manual_seed(0)
-    if "cuda" not in request.node.name:
+    if CUDA.mark not in request.node.own_markers:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
@@ -630,7 +630,7 @@ def test_llama_step_can_be_traced_as_a_whole_and_draws_the_same():
 @pytest.mark.parametrize("V", [32, 16384])
 def test_llama_on_cuda_draws_what_the_cpu_draws(V, compiled):
     """Guidance, given tokens, sampling; in float32 the same ids but for near-ties; in bfloat16
-    the compiled step works."""
+    it runs."""
     llama = tiny_llama(global_codebook_size=V, patch_codebook_size=V)
     class_ids = torch.arange(64) % 5
     draw = lambda model, **how: torch.cat(model.generate(
@@ -684,7 +684,7 @@ def test_llama_tokens_are_drawn_with_their_probabilities():
 def test_llama_sums_in_blocks_equal_plain_ones(V):
     probs = torch.rand(3, V).softmax(dim=-1)
     sums = hita.cumulative(probs)
-    assert torch.allclose(sums, probs.cumsum(dim=-1), atol=1e-5) and (sums.diff() >= 0).all()
+    assert torch.allclose(sums, probs.cumsum(dim=-1), atol=1e-5) and (sums.diff() > -1e-6).all()
 
 
 def test_llama_never_draws_an_id_of_probability_0():
@@ -774,7 +774,7 @@ def wave(*shape: int) -> torch.Tensor:
 
 def test_norms_have_32_groups_and_in_thin_layers_one():
     found = [hita.group_norm(c).num_groups for c in (8, 16, 64, 128, 132, 512)]
-    assert found == [1, 1, 1, 32, 1, 32]  # 132 has no more equal groups of at least 4
+    assert found == [1, 1, 1, 32, 1, 32]  # 132 is 4 * 33, and 32 and 33 share no divisor
 
 
 GOLDEN = {
