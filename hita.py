@@ -1043,15 +1043,6 @@ def draw(probs: Tensor, random: Tensor) -> Tensor:
     return (sums > target).int().argmax(dim=-1, keepdim=True)
 
 
-def cumulative(probs: Tensor) -> Tensor:
-    """Cumulative sums of probabilities (B, V) -> (B, V), within blocks of 128 and then over the
-    blocks: for CUDA, torch.compile (2.11) fails on a cumsum over 16,384."""
-    V = probs.shape[-1]
-    inner = F.pad(probs, (0, -V % 128)).unflatten(1, (-1, 128)).cumsum(dim=-1)  # (B, blocks, 128)
-    before = F.pad(inner[:, :-1, -1].cumsum(dim=-1), (1, 0))  # (B, blocks)
-    return (inner + before[..., None]).flatten(1)[:, :V]
-
-
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
                   top_p: float = 1.0) -> Tensor:
     """Logits (B, V) -> logits (B, V) divided by the temperature, -inf where filtered out.
@@ -1172,6 +1163,15 @@ def usage(name: str, counts: Tensor) -> dict[str, float]:
     bits = torch.special.entr(p).sum(dim=1).mean() / math.log(2)
     return {f"{name}_use": (counts.sum(dim=0) > 0).double().mean().item(),
             f"{name}_bits": bits.item()}
+
+
+def cumulative(probs: Tensor) -> Tensor:
+    """Cumulative sums of probabilities (B, V) -> (B, V), within blocks of 128 and then over the
+    blocks: for CUDA, torch.compile (2.11) fails on a cumsum over 16,384."""
+    V = probs.shape[-1]
+    inner = F.pad(probs, (0, -V % 128)).unflatten(1, (-1, 128)).cumsum(dim=-1)  # (B, blocks, 128)
+    before = F.pad(inner[:, :-1, -1].cumsum(dim=-1), (1, 0))  # (B, blocks)
+    return (inner + before[..., None]).flatten(1)[:, :V]
 
 
 def check_images(images: Tensor, stride: int) -> None:
