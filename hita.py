@@ -1035,8 +1035,8 @@ def random_numbers(class_ids: Tensor, length: int, seed: int = 0) -> Tensor:
 
 def draw(probs: Tensor, random: Tensor) -> Tensor:
     """Probabilities (B, V), uniform numbers (B, 1) -> ids (B, 1): inverts the cumulative sum."""
-    # an id of probability 0 stays below every target and is never drawn
-    sums = cumulative(probs).masked_fill(probs == 0, 0.0)
+    # in Part 2; an id of probability 0 stays below every target and is never drawn
+    sums = cumulative_sums(probs).masked_fill(probs == 0, 0.0)
     # the largest sum is 1 but for rounding
     target = random * sums.amax(dim=-1, keepdim=True)
     # argmax gives the first that is above
@@ -1058,7 +1058,7 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(dim=-1)
         # without those that come after p has been exceeded; the one that exceeds it stays
-        beyond = cumulative(probs) - probs > top_p
+        beyond = cumulative_sums(probs) - probs > top_p
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
     return logits
 
@@ -1165,7 +1165,7 @@ def usage(name: str, counts: Tensor) -> dict[str, float]:
             f"{name}_bits": bits.item()}
 
 
-def cumulative(probs: Tensor) -> Tensor:
+def cumulative_sums(probs: Tensor) -> Tensor:
     """Cumulative sums of probabilities (B, V) -> (B, V), within blocks of 128 and then over the
     blocks: for CUDA, torch.compile (2.11) fails on a cumsum over 16,384."""
     V = probs.shape[-1]

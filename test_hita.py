@@ -208,6 +208,11 @@ def test_every_setting_is_read(config, files):
         assert used, f"{field.name} is never read"
 
 
+def test_encoder_norms_have_32_groups_and_in_thin_layers_one():
+    found = [hita.group_norm(c).num_groups for c in (8, 16, 64, 128, 132, 512)]
+    assert found == [1, 1, 1, 32, 1, 32]  # 132 is 4 * 33, and 32 and 33 share no divisor
+
+
 # ---- centring and quantizer --------------------------------------------------
 
 @pytest.mark.parametrize("positions", [6, 1])
@@ -683,7 +688,7 @@ def test_llama_tokens_are_drawn_with_their_probabilities():
 @pytest.mark.parametrize("V", [1, 127, 128, 129, 16384])
 def test_llama_sums_in_blocks_equal_plain_ones(V):
     probs = torch.rand(3, V).softmax(dim=-1)
-    sums = hita.cumulative(probs)
+    sums = hita.cumulative_sums(probs)
     assert torch.allclose(sums, probs.cumsum(dim=-1), atol=1e-5) and (sums.diff() > -1e-6).all()
 
 
@@ -770,11 +775,6 @@ def fill(module: nn.Module) -> nn.Module:
 
 def wave(*shape: int) -> torch.Tensor:
     return (torch.arange(np.prod(shape)) * 0.37).sin().reshape(shape)
-
-
-def test_norms_have_32_groups_and_in_thin_layers_one():
-    found = [hita.group_norm(c).num_groups for c in (8, 16, 64, 128, 132, 512)]
-    assert found == [1, 1, 1, 32, 1, 32]  # 132 is 4 * 33, and 32 and 33 share no divisor
 
 
 GOLDEN = {

@@ -383,6 +383,7 @@ def linear_probe(x: Tensor, y: Tensor, val_x: Tensor, decay: float = 0.01) -> Te
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
+        """Penalised loss of all data, with its gradients."""
         optimizer.zero_grad()
         value = F.cross_entropy(layer(x), y) + decay / 2 * layer.weight.square().sum()
         value.backward()
