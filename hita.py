@@ -1067,7 +1067,8 @@ def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor
                  patch_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy in nats of global and of patch tokens; the former is 0 without globals.
 
-    Their sum is trained, so a global token of the released model weighs N / M = 3.4 patch tokens.
+    Their sum is trained, so a global token of the released model weighs N / M = 3.4 patch tokens;
+    with global_weight M / N in train_ar.py all tokens weigh the same.
     """
     patch_loss = F.cross_entropy(patch_logits.flatten(0, 1).float(), patch_ids.flatten())
     if global_ids.shape[1] == 0:
@@ -1392,8 +1393,8 @@ LLAMA_SIZES = {  # the paper's names; in brackets its nominal size and the true 
 }
 
 MAY_BE_ZERO = {"dropout", "token_dropout", "class_dropout", "num_global", "k", "beta", "lr_final",
-               "warmup", "weight_decay", "lpips_weight", "gan_weight", "keep_every", "workers",
-               "seed"}
+               "warmup", "weight_decay", "lpips_weight", "gan_weight", "global_weight",
+               "keep_every", "workers", "seed"}
 AT_MOST = {"dropout": 0.99, "token_dropout": 0.99, "class_dropout": 0.99, "ema": 0.999999,
            "crop_range": 1.0, "seed": 2 ** 32 - 1}
 
@@ -1879,7 +1880,7 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
     our names. HitaError if there is none, if it would run code, or if it holds something else."""
     Config, _, script = KINDS[kind]
     if str(path) in RELEASED and not Path(path).exists():
-        path = released_file(str(path))
+        path = released_file(str(path), kind)
     remedy = f"make one with python {script}, or name a released one (python sample.py --list)"
     check(Path(path).is_file(), f"there is no {kind} checkpoint {path}; {remedy}")
     try:
@@ -1918,7 +1919,7 @@ def load_model(path: str | Path, kind: str) -> HitaTokenizer | Llama:
 def load_tokenizer(path: str | Path, dino: str | None = None) -> HitaTokenizer:
     """The EMA weights of a tokenizer, ours or a released one, in eval mode on the CPU.
 
-    path: a file, or hita-v or hita-u. dino: a timm name or weights file of the DINOv2 that
+    path: a file, or prints, hita-v or hita-u. dino: a timm name or weights file of the DINOv2 that
     encoding needs (one built without ignores it). HitaError if a file is missing or does not fit.
     """
     tokenizer = load_model(path, "tokenizer")
@@ -1935,11 +1936,10 @@ def load_llama(path: str | Path) -> Llama:
     path: a file, or a name in RELEASED. HitaError if the file is missing or does not fit.
     """
     llama = load_model(path, "llama")
-    # the released files do not name their classes
-    imagenet = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-    llama.classes = llama.classes or imagenet[:llama.cfg.num_classes]
+    # the authors' files do not name their classes
+    llama.classes = llama.classes or IMAGENET[:llama.cfg.num_classes]
     if str(path) in RELEASED:
-        llama.made_from = {"tokenizer": str(path)[:6]}  # hita-v or hita-u
+        llama.made_from = {"tokenizer": str(path)[:6]}  # hita-v, hita-u or prints
     return llama
 
 
@@ -1956,6 +1956,11 @@ def load_dino(name: str, file: str | None = None) -> DINOv2:
                         "given with --dino-file, or with --features NAME FILE") from e
 
 
+def as_exported(tensor: Tensor) -> Tensor:
+    """Matrices in half precision, the rest as it is."""
+    return tensor.half() if tensor.dim() > 1 else tensor
+
+
 def fingerprint(*parts) -> str:
     """A short hash of modules' weights and of plain values."""
     digest = hashlib.sha256()
@@ -1964,7 +1969,8 @@ def fingerprint(*parts) -> str:
             digest.update(json.dumps(part).encode())
             continue
         for name, tensor in part.state_dict().items():
-            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+            tensor = as_exported(tensor).cpu().contiguous()  # the same before and after
+            digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -2085,11 +2091,13 @@ def hold(out: Path, kind: str):
 
 
 def export(args: argparse.Namespace, kind: str) -> None:
-    """--export: the weights of a run's model, without its optimizers and paths of this machine."""
+    """--export: the weights of a run's model in half precision, without its optimizers and paths of
+    this machine."""
     data, path = read_checkpoint(args.resume or f"{args.out}/{kind}.pt", kind), Path(args.export)
     check(not path.exists(), f"{path} exists already: choose another name, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {name: data[name] for name in ("kind", "step", "ema", "classes") if name in data}
+    facts = {name: data[name] for name in ("kind", "step", "classes") if name in data}
+    facts["ema"] = {name: as_exported(tensor) for name, tensor in data["ema"].items()}
     made = {name: value for name, value in data["made_from"].items()
             if name in ("pictures", "preset", "tokenizer_hash")}
     made["data"] = "/elsewhere" if data["made_from"].get("data") else None
@@ -2114,6 +2122,7 @@ def restore(saved: dict | None, parts: dict) -> int:
 
 # ---- The released models, on the Hub -----------------------------------------
 
+IMAGENET = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
 HUB = "yexiguafu/hita-gen"
 hub_logging.set_verbosity_error()  # the library warns of every retry
 RELEASED = {"hita-v": "vanilla/tokenizer/hita-tok.pt", "hita-u": "ultra/tokenizer/hita-ultra.pt"}
@@ -2123,10 +2132,13 @@ RELEASED |= {  # as hita-u-b-250e: ultra/GPT-B/GPT-B-250e.pt
         ("hita-v", "vanilla", "B-50 B-300 L-50 L-300 XL-50 XXL-50 2B-50"),
         ("hita-u", "ultra", "B-50 B-250 L-50 L-250 XL-50 XL-100 XXL-50 XXL-100 2B-50 2B-100"))
     for model in models.split()}
+RELEASED["prints"] = "data/prints-*.pt"  # ours: a pair for the embedded pictures, beside the code
 
 
-def released_file(name: str) -> str:
+def released_file(name: str, kind: str) -> str:
     """The file of a released model, downloaded at first use. HitaError if it cannot be had."""
+    if name == "prints":  # no download: it is a part of the repository
+        return str(EMOJI.with_name(f"prints-{kind}.pt"))
     try:
         return huggingface_hub.hf_hub_download(HUB, RELEASED[name])
     except Exception as e:  # network, server, disk: the library raises many kinds

@@ -1,9 +1,9 @@
 """Generate pictures of a class with a trained Llama and its tokenizer, yours or the authors'.
 
-    python sample.py --class face-happy                a grid of eight, with the model in out/
+    python sample.py --class face-happy flag clock     grids of eight, with the models in out/
     python sample.py --class 3 flag weather --num 16   several classes, one after another
     python sample.py --class fruit --cfg-scale 3 --top-k 200 --top-p 0.95 --seed 7 --single
-    python sample.py --list                            the released ImageNet models
+    python sample.py --list                            the released models
     python sample.py --llama hita-u-l-250e --class 207 "tabby"
 
     python sample.py --reconstruct a.jpg b.png         pictures beside their reconstructions
@@ -14,7 +14,8 @@
     torchrun --nproc_per_node 8 sample.py --count 50000 --npz samples.npz     for evaluation
     python sample.py --fd samples.npz DIR              Fréchet distance of two sets of pictures
 
-Where nothing has been trained, a released model that runs on a laptop is downloaded and used. The
+Where nothing has been trained, names of the embedded classes are drawn with prints, a small pair
+that is in data/, and ImageNet's with a released model, which is downloaded. The random
 numbers of a picture follow from (seed, class, its number): the pictures of --num 4 are the first of
 --num 8. In float32 that is so to the bit; in bfloat16, on GPUs, rounding differs with the batch.
 """
@@ -38,7 +39,8 @@ from tqdm import tqdm
 
 import hita
 
-DEFAULT = "hita-u-b-250e"  # the best of the smallest size
+IMAGENET = "hita-u-b-250e"  # the default for its classes: the best of the smallest size
+PRINTS_CFG = 4.0  # guidance with which most pictures of prints can be recognised
 CHUNK = 64  # pictures generated at once, so that memory does not grow with --num
 DECODED = 8  # pictures decoded at once: at 336 px the decoder needs about 0.5 GB for each
 
@@ -52,7 +54,8 @@ def parse_args():
     add("--class", dest="classes", nargs="+", action="extend", metavar="CLASS",
         help="names or indices [twelve]")
     add("--num", type=int, default=8, help="pictures per class [8]")
-    add("--cfg-scale", type=float, default=2.0, help="classifier-free guidance, 1 is without [2]")
+    add("--cfg-scale", type=float, help="classifier-free guidance, 1 is without "
+        f"[2, with prints {PRINTS_CFG:g}]")
     add("--temperature", type=float, default=1.0, help="below 1 safer, above 1 more varied [1]")
     add("--top-k", type=int, default=0, help="draw from the k most likely ids, 0 from all [0]")
     add("--top-p", type=float, default=1.0, help="from the likeliest that reach probability p [1]")
@@ -61,7 +64,7 @@ def parse_args():
     # with which models
     add("--list", action="store_true", help="list the released models and stop")
     add("--llama", metavar="FILE", help="checkpoint or released name [llama.pt in the run "
-        f"directory or, where there is none, {DEFAULT}]")
+        f"directory or, where there is none, prints or {IMAGENET}, as the classes say]")
     add("--tokenizer", metavar="FILE", help="checkpoint or name [the one that the Llama goes with]")
     add("--out", default="out", help="run directory [out]")
     add("--dino-file", metavar="FILE", help="DINOv2 weights, .pth or .safetensors [the Hub's]")
@@ -98,7 +101,7 @@ def parse_args():
     for name, fits, needed in (
             ("num", 1 <= args.num <= 10_000, "between 1 and 10000"),
             ("seed", args.seed >= 0, "0 or more"),
-            ("cfg_scale", 0 <= args.cfg_scale <= 1e6, "between 0 and 1000000"),
+            ("cfg_scale", 0 <= (args.cfg_scale or 0) <= 1e6, "between 0 and 1000000"),
             ("temperature", 0 < args.temperature < np.inf, "positive (greedy is --top-k 1)"),
             ("top_k", args.top_k >= 0, "0 (all) or more"),
             ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
@@ -169,7 +172,24 @@ def save_grid(args, pictures: Tensor, columns: int, image: Path) -> None:
 def list_models() -> None:
     """Print the released models."""
     for name, file in hita.RELEASED.items():
-        print(f"{name:16} {file}{'  (the default)' if name == DEFAULT else ''}")
+        notes = {"prints": "  (both; the default)", IMAGENET: "  (the default for ImageNet)"}
+        print(f"{name:16} {file}{notes.get(name, '')}")
+
+
+def default_llama(args) -> str:
+    """What was trained in the run directory, else prints for the embedded classes or where none is
+    named, else a model of ImageNet's. HitaError for a name that neither has."""
+    own = Path(args.out) / "llama.pt"
+    if own.exists() or args.out != "out":
+        return str(own)
+    prints = hita.read_checkpoint("prints", "llama")["classes"]
+    names = [word for word in args.classes or [] if not re.fullmatch(r"-?\d+", word)]
+    found = class_indices(names, prints + list(dict.fromkeys(hita.IMAGENET)))  # some occur twice
+    numbers = len(names) < len(args.classes or [])
+    ours = {i < len(prints) for i in found} | ({False} if numbers else set())
+    hita.check(len(ours) < 2, f"{' '.join(args.classes)}: some of these are drawn by prints, others "
+                              f"by {IMAGENET}; ask for them one after the other")
+    return IMAGENET if False in ours else "prints"
 
 
 def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
@@ -180,7 +200,7 @@ def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
     if asked is None:
         count = min(12, len(names))
         return [i * len(names) // count for i in range(count)]
-    hint = "" if len(names) == 1000 else f"; for ImageNet's 1,000 add --llama {DEFAULT}"
+    hint = "" if len(names) >= 1000 else f"; for ImageNet's 1,000 add --llama {IMAGENET}"
     names = [unicodedata.normalize("NFC", name) for name in names]
     plain = [name.lower().replace("_", " ") for name in names]
     indices = []
@@ -207,9 +227,9 @@ def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
 
 def load(args, device: torch.device) -> tuple[hita.HitaTokenizer, hita.Llama, list[int]]:
     """-> tokenizer, Llama, indices of the classes asked for. HitaError if they do not fit."""
-    # what the flag says, else what was trained here, else a released model
-    own = Path(args.out) / "llama.pt"
-    path = args.llama or (str(own) if own.exists() or args.out != "out" else DEFAULT)
+    path = args.llama or default_llama(args)
+    if args.cfg_scale is None:
+        args.cfg_scale = PRINTS_CFG if path == "prints" else 2.0
     llama = hita.load_llama(path)
     chosen = class_indices(args.classes, llama.classes)
     beside = Path(path).with_name("tokenizer.pt")
@@ -317,7 +337,7 @@ def write_single(array: np.ndarray, class_ids: list[int], classes: list[str],
 def load_encoder(args, device: torch.device) -> hita.HitaTokenizer:
     """The tokenizer alone, with the DINOv2 that encoding needs."""
     own, llama = Path(args.out) / "tokenizer.pt", Path(args.out) / "llama.pt"
-    path = args.tokenizer or (str(own) if own.exists() or args.out != "out" else DEFAULT[:6])
+    path = args.tokenizer or (str(own) if own.exists() or args.out != "out" else "prints")
     if not args.tokenizer and not own.exists() and llama.exists():  # its tokenizer is elsewhere
         made_from = hita.read_checkpoint(llama, "llama")["made_from"]
         path, tokenizer = hita.find_tokenizer(made_from, None, own)

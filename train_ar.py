@@ -1,6 +1,7 @@
 """Train the generator: a Llama that predicts the token ids of a picture from its class.
 
     python train_ar.py                       the demo, on the tokenizer that is in out/
+    python train_ar.py --tokenizer prints --out out-ar         on the tokenizer that is in data/
     torchrun --nproc_per_node 8 train_ar.py --preset B --tokenizer hita-v --data imagenet
     python train_ar.py --resume              go on with the run in out/
     python train_ar.py --preset B --tokenizer hita-u --init-from hita-u-b-250e --data DIR
@@ -39,6 +40,7 @@ class Training:
     warmup: int = 0  # steps of linear warm-up
     weight_decay: float = 0.05  # weight decay of matrices and embeddings
     clip: float = 1.0  # gradient norm is clipped to this
+    global_weight: float = 1.0  # weight of the global tokens' loss; that of the patch tokens has 1
     ema: float = 0.9999  # decay of the averaged weights
     copies: int = 2  # versions of each picture: 1 plain, 2 and mirrored, more are augmented
     crop_range: float = 0.8  # augmented ones show between this share of a picture and all of it
@@ -62,8 +64,8 @@ def main():
     # ---- settings: of the checkpoint or else the preset, then the flags
     parser = hita.Parser(__doc__)
     preset = parser.add_preset(list(RECIPES))
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer checkpoint, or hita-v or "
-                        "hita-u [tokenizer.pt in the run directory]")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer checkpoint, prints, "
+                        "hita-v or hita-u [tokenizer.pt in the run directory]")
     parser.add_run()
     parser.add_settings(hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), skip=OF_THE_DATA)
     parser.add_settings(RECIPES[preset])
@@ -159,7 +161,8 @@ def main():
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 logits = model(class_ids, *ids)
             global_loss, patch_loss = losses(*logits, *ids)
-            ((global_loss + patch_loss) / recipe.accumulate).backward()
+            loss = recipe.global_weight * global_loss + patch_loss
+            (loss / recipe.accumulate).backward()
             log.add({"global": global_loss, "patch": patch_loss})
         log.add({"grad": hita.optimizer_step(optimizer, llama, recipe.clip)})
         hita.update_ema(ema, llama, recipe.ema)
