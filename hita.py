@@ -1380,7 +1380,7 @@ TOKENIZERS = {
     "emoji": TokenizerConfig(
         image_size=64, channels=16, channel_mult=(1, 1, 2, 2), res_blocks=1, latent_dim=128,
         layers=2, heads=4, dropout=0.0, num_global=16, global_codebook_size=256,
-        patch_codebook_size=12, centre=True, revive_codes=True, k=8, dino="none"),
+        patch_codebook_size=32, centre=True, revive_codes=True, k=8, dino="none"),
 }
 
 LLAMA_SIZES = {  # the paper's names; in brackets its nominal size and the true parameter count

@@ -14,10 +14,10 @@
     torchrun --nproc_per_node 8 sample.py --count 50000 --npz samples.npz     for evaluation
     python sample.py --fd samples.npz DIR              Fréchet distance of two sets of pictures
 
-Where nothing has been trained, names of the embedded classes are drawn with prints, a small pair
-that is in data/, and ImageNet's with a released model, which is downloaded. The random
-numbers of a picture follow from (seed, class, its number): the pictures of --num 4 are the first of
---num 8. In float32 that is so to the bit; in bfloat16, on GPUs, rounding differs with the batch.
+Where nothing has been trained, prints, a small pair in data/, draws the embedded classes, and a
+released model, which is downloaded, those of ImageNet. The random numbers of a picture follow from
+(seed, class, its number): the pictures of --num 4 are the first of --num 8. In float32 that is so
+to the bit; in bfloat16, on GPUs, rounding differs with the batch.
 """
 
 import difflib
@@ -172,8 +172,7 @@ def save_grid(args, pictures: Tensor, columns: int, image: Path) -> None:
 def list_models() -> None:
     """Print the released models."""
     for name, file in hita.RELEASED.items():
-        notes = {"prints": "  (both; the default)", IMAGENET: "  (the default for ImageNet)"}
-        print(f"{name:16} {file}{notes.get(name, '')}")
+        print(f"{name:16} {file}")
 
 
 def default_llama(args) -> str:
@@ -185,11 +184,11 @@ def default_llama(args) -> str:
     prints = hita.read_checkpoint("prints", "llama")["classes"]
     names = [word for word in args.classes or [] if not re.fullmatch(r"-?\d+", word)]
     found = class_indices(names, prints + list(dict.fromkeys(hita.IMAGENET)))  # some occur twice
-    numbers = len(names) < len(args.classes or [])
-    ours = {i < len(prints) for i in found} | ({False} if numbers else set())
-    hita.check(len(ours) < 2, f"{' '.join(args.classes)}: some of these are drawn by prints, others "
-                              f"by {IMAGENET}; ask for them one after the other")
-    return IMAGENET if False in ours else "prints"
+    numbers = len(args.classes or []) - len(names)
+    theirs = numbers + sum(i >= len(prints) for i in found)
+    hita.check(theirs in (0, numbers + len(found)), "some of these classes are drawn by prints and "
+               f"others by {IMAGENET}: ask for them one after the other")
+    return IMAGENET if theirs else "prints"
 
 
 def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:

@@ -54,8 +54,8 @@ class Training:
 
 RECIPES = {size: Training() for size in hita.LLAMA_SIZES} | {
     "emoji": Training(
-        steps=1000, batch_size=32, lr=3e-3, warmup=100, ema=0.99, sample_cfg=2.0, log_every=50,
-        eval_every=500, keep_every=0, workers=0)}
+        steps=1500, batch_size=32, lr=3e-3, warmup=100, ema=0.99, global_weight=0.25,
+        sample_cfg=4.0, log_every=50, eval_every=500, keep_every=0, workers=0)}
 OF_THE_DATA = (  # no flags of the Llama
     "num_classes", "num_global", "grid", "global_codebook_size", "patch_codebook_size")
 
