@@ -40,7 +40,8 @@ from tqdm import tqdm
 import hita
 
 IMAGENET = "hita-u-b-250e"  # the default for its classes: the best of the smallest size
-PRINTS_CFG = 4.0  # guidance with which most pictures of prints can be recognised
+PRINTS = {"cfg_scale": 4.0, "top_k": 8}  # with these a judge recognised its pictures best
+OTHERS = {"cfg_scale": 2.0, "top_k": 0}
 CHUNK = 64  # pictures generated at once, so that memory does not grow with --num
 DECODED = 8  # pictures decoded at once: at 336 px the decoder needs about 0.5 GB for each
 
@@ -54,10 +55,9 @@ def parse_args():
     add("--class", dest="classes", nargs="+", action="extend", metavar="CLASS",
         help="names or indices [twelve]")
     add("--num", type=int, default=8, help="pictures per class [8]")
-    add("--cfg-scale", type=float, help="classifier-free guidance, 1 is without "
-        f"[2, with prints {PRINTS_CFG:g}]")
+    add("--cfg-scale", type=float, help="classifier-free guidance, 1 is without [2; prints: 4]")
     add("--temperature", type=float, default=1.0, help="below 1 safer, above 1 more varied [1]")
-    add("--top-k", type=int, default=0, help="draw from the k most likely ids, 0 from all [0]")
+    add("--top-k", type=int, help="draw from the k likeliest ids, 0 from all [0; prints: 8]")
     add("--top-p", type=float, default=1.0, help="from the likeliest that reach probability p [1]")
     add("--seed", type=int, default=0, help="the same seed gives the same pictures [0]")
 
@@ -103,7 +103,7 @@ def parse_args():
             ("seed", args.seed >= 0, "0 or more"),
             ("cfg_scale", 0 <= (args.cfg_scale or 0) <= 1e6, "between 0 and 1000000"),
             ("temperature", 0 < args.temperature < np.inf, "positive (greedy is --top-k 1)"),
-            ("top_k", args.top_k >= 0, "0 (all) or more"),
+            ("top_k", (args.top_k or 0) >= 0, "0 (all) or more"),
             ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
             ("keep", 0 < args.keep < 1, "between 0 and 1"),
             ("count", args.count is None or args.count > 0, "positive")):
@@ -227,8 +227,9 @@ def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
 def load(args, device: torch.device) -> tuple[hita.HitaTokenizer, hita.Llama, list[int]]:
     """-> tokenizer, Llama, indices of the classes asked for. HitaError if they do not fit."""
     path = args.llama or default_llama(args)
-    if args.cfg_scale is None:
-        args.cfg_scale = PRINTS_CFG if path == "prints" else 2.0
+    for name, value in (PRINTS if path == "prints" else OTHERS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     llama = hita.load_llama(path)
     chosen = class_indices(args.classes, llama.classes)
     beside = Path(path).with_name("tokenizer.pt")

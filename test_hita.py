@@ -1072,7 +1072,7 @@ def test_prints_draws_what_the_readme_shows():
     shown = hita.to_tensor(np.asarray(Image.open(ROOT / "assets/samples.png").convert("RGB")))
     name = "face-happy"  # its first row
     class_ids = torch.tensor([llama.classes.index(name)] * 2)
-    drawn = tokenizer.decode(*llama.generate(class_ids, cfg_scale=sample.PRINTS_CFG))
+    drawn = tokenizer.decode(*llama.generate(class_ids, **sample.PRINTS))
     kept = torch.stack([shown[:, 2:66, x:x + 64] for x in (2, 68)])
     assert hita.psnr(kept, drawn).min() > 35
 
