@@ -75,7 +75,8 @@ def main():
     preset = parser.add_preset(list(RECIPES))
     parser.add_run()
     parser.add_argument("--eval", nargs="?", const="", metavar="FILE", help="evaluate a tokenizer "
-                        "on the validation pictures and stop [tokenizer.pt in the run directory]")
+                        "on the validation pictures and stop [tokenizer.pt in the run directory]; "
+                        "whether they can be recognised a classifier outside this project says")
     parser.add_argument("--npz", metavar="PREFIX", help="with --eval: write "
                         "PREFIX-originals.npz and PREFIX-reconstructions.npz")
     parser.add_settings(hita.TOKENIZERS[preset])
