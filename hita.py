@@ -454,7 +454,7 @@ class Centring(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
-            z, mean, var = z.float(), self.mean, self.var
+            z, mean, var = z.float(), self.mean.float(), self.var.float()
             # evaluation and encode use what training has seen, and do not add to it
             if self.training and torch.is_grad_enabled():
                 check(len(z) * world() > 1, "centring needs a batch of at least two pictures: "
@@ -626,7 +626,7 @@ class HitaTokenizer(nn.Module):
             return None
         check(self.dino is not None, f"encoding needs {self.cfg.dino}: load_tokenizer(path, dino="
                                      "...) takes that name or a weights file")
-        return self.dino.to(images.device)(images)
+        return self.dino.to(images.device)(images).type_as(images)
 
     def embed(self, images: Tensor, dino_tokens: Tensor | None) -> tuple[Tensor | None, Tensor]:
         """Images (B, 3, H, W) -> what is quantized: global (B, M, C) or None, patch (B, N, C)."""
@@ -639,9 +639,10 @@ class HitaTokenizer(nn.Module):
 
     def render(self, global_codes: Tensor | None, patch_codes: Tensor, grid: tuple) -> Tensor:
         """Quantized codes (B, M, C), (B, N, C) -> images (B, 3, H, W)."""
-        x = self.patch_up(patch_codes)  # (B, N, D)
+        dtype = self.patch_up.weight.dtype  # of a tokenizer in half precision; codes are in float32
+        x = self.patch_up(patch_codes.to(dtype))  # (B, N, D)
         if self.cfg.num_global:
-            x = self.fusion(self.global_up(global_codes), x, grid)  # (B, N, D)
+            x = self.fusion(self.global_up(global_codes.to(dtype)), x, grid)  # (B, N, D)
         return self.decoder(x.transpose(1, 2).unflatten(2, grid))  # (B, 3, H, W)
 
     @torch.no_grad()
@@ -650,7 +651,7 @@ class HitaTokenizer(nn.Module):
 
         Raises HitaError for what is no such tensor; warns where values look like [0, 1].
         """
-        check_images(images, self.cfg.stride)
+        check_images(images, self.cfg.stride, self.patch_up.weight.dtype)
         global_z, patch_z = self.embed(images, self.dino_tokens(images))
         _, patch_ids, _ = self.patch_quantizer(patch_z)
         if global_z is None:
@@ -662,13 +663,14 @@ class HitaTokenizer(nn.Module):
     def decode(self, global_ids: Tensor, patch_ids: Tensor, grid: tuple | None = None) -> Tensor:
         """Global ids (B, M), patch ids (B, N) -> images (B, 3, H, W) in about [-1, 1], not clamped.
 
-        grid: patch rows and columns, square unless given. HitaError where the shapes do not fit.
+        grid: patch rows and columns, square unless given. HitaError where the ids do not fit.
         """
-        (B, N), M = patch_ids.shape, self.cfg.num_global
+        B, M = len(patch_ids), self.cfg.num_global
+        N = patch_ids[0].numel() if B else 0
         h, w = grid or (math.isqrt(N), math.isqrt(N))
-        check(global_ids.shape == (B, M), f"global ids have shape {tuple(global_ids.shape)}, "
-                                          f"this tokenizer needs ({B}, {M})")
         check(h * w == N, f"{N} patch ids do not fill a grid of {h} x {w}")
+        check_ids("global ids", global_ids, (B, M), self.cfg.global_codebook_size)
+        check_ids("patch ids", patch_ids, (B, N), self.cfg.patch_codebook_size)
         # codes are looked up, so neither encoder nor DINOv2 is needed
         global_codes = self.global_quantizer.lookup(global_ids) if M else None
         return self.render(global_codes, self.patch_quantizer.lookup(patch_ids), (h, w))
@@ -953,15 +955,21 @@ class Llama(nn.Module):
         """
         cfg, M = self.cfg, self.cfg.num_global
         is_ids = isinstance(class_ids, Tensor) and class_ids.dtype == torch.int64
-        check(is_ids and class_ids.dim() == 1, "class_ids must be an int64 tensor (B,), such as "
-              "torch.tensor([207]); by name: torch.tensor([llama.classes.index(name)])")
+        check(is_ids and class_ids.dim() == 1 and len(class_ids) > 0, "class_ids must be an int64 "
+              "tensor (B,) of one or more, such as torch.tensor([207]); by name: "
+              "torch.tensor([llama.classes.index(name)])")
         check(all(0 <= c < cfg.num_classes for c in class_ids.tolist()),
               f"{class_ids.tolist()}: this model has the classes 0 to {cfg.num_classes - 1}")
         sizes = cfg.global_codebook_size, cfg.patch_codebook_size
         check(not (released_sampling and M) or sizes[0] == sizes[1], "released_sampling looks a "
               f"global id up in the patch table: it needs codebooks of one size, not {sizes}")
+        check(seed >= 0, f"seed is {seed}, it must be 0 or more")
         ids = class_ids.new_empty(len(class_ids), 0) if given is None else given
         total = M + cfg.num_patches
+        P = min(ids.shape[-1], total)
+        check_ids("given ids", ids, (len(class_ids), P), max(sizes))
+        check_ids("given global ids", ids[:, :M], (len(ids), min(P, M)), sizes[0])
+        check_ids("given patch ids", ids[:, M:], (len(ids), max(P - M, 0)), sizes[1])
         if random is None:
             random = random_numbers(class_ids, total, seed)  # (B, M + N)
 
@@ -977,8 +985,12 @@ class Llama(nn.Module):
         x = self.embed(labels, given[:, :end], given[:, end:])  # (B or 2B, 1 + P, dim)
         index = torch.arange(x.shape[1], device=x.device)
         for p in tqdm(range(ids.shape[1], total), "tokens", disable=not progress, leave=False):
+            # Of the cache the filled part is read, in few sizes since a graph is compiled for each;
+            # on a GPU few pictures are no faster for it, and two graphs enough.
+            length = min(total, -(-(p + 1) // 128) * 128)
+            length = total if x.is_cuda and len(ids) < 16 else length
             token, x = self.step(x, index, caches, random[:, p, None], cfg_scale,
-                                 (temperature, top_k, top_p), p < M, p < end)
+                                 (temperature, top_k, top_p), p < M, p < end, length)
             ids = torch.cat([ids, token], dim=1)  # (B, p + 1)
             x, index = x.clone(), index[-1:] + 1  # the next step may reuse the memory of x
         return ids[:, :M], ids[:, M:]
@@ -995,17 +1007,13 @@ class Llama(nn.Module):
         return self.caches
 
     def step(self, x: Tensor, index: Tensor, caches: list[KVCache], random: Tensor,
-             cfg_scale: float, filters: tuple, is_global: bool, embed_global: bool):
+             cfg_scale: float, filters: tuple, is_global: bool, embed_global: bool, length: int):
         """Inputs (B or 2B, T, dim) at positions (T,) -> next token (B, 1), and as input embedded.
 
-        All that changes from step to step is tensors, but for the kind of token: so it can be
-        compiled as a whole, once for globals and once for patches.
+        All that changes from step to step is tensors, but for the kind of token and the length of
+        the cache that is read: it can be compiled as a whole, once for each of these.
         """
-        # An input sees itself and those before. A GPU reads the whole cache, so that shapes never
-        # change; a CPU gains nothing by that and reads the part that is filled.
-        length = caches[0].keys.shape[2]
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            length = int(index[-1]) + 1
+        # an input sees itself and those before
         visible = torch.arange(length, device=x.device) <= index[:, None]  # (T, length)
         state = self.backbone(x, index, caches, visible)[:, -1]  # (B or 2B, dim)
         logits = (self.global_head if is_global else self.patch_head)(state).float()
@@ -1101,6 +1109,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import huggingface_hub
 import safetensors.torch
@@ -1175,12 +1184,22 @@ def cumulative_sums(probs: Tensor) -> Tensor:
     return (inner + before[..., None]).flatten(1)[:, :V]
 
 
-def check_images(images: Tensor, stride: int) -> None:
-    """HitaError unless images are a float tensor (B, 3, H, W) in [-1, 1] whose sides the stride
-    divides; a warning where they look like [0, 1]."""
+def check_ids(name: str, ids: Tensor, shape: tuple[int, int], size: int) -> None:
+    """HitaError unless ids are an int64 tensor of this shape with values from 0 to size - 1."""
+    found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+    check(found == f"torch.int64 {shape}", f"{name} are {found}, expected torch.int64 {shape}")
+    low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+    check(0 <= low and high < size, f"{name} reach from {low} to {high}, expected 0 to {size - 1}")
+
+
+def check_images(images: Tensor, stride: int, dtype: torch.dtype) -> None:
+    """HitaError unless images are a tensor (B, 3, H, W) of this float type in [-1, 1] whose sides
+    the stride divides; a warning where they look like [0, 1]."""
     is_float = isinstance(images, Tensor) and images.is_floating_point()
     check(is_float, "images must be a float tensor (B, 3, H, W) in [-1, 1]: load_picture(file or "
                     "PIL picture, size) makes one; of bytes take x / 127.5 - 1")
+    check(images.dtype == dtype, f"images are {images.dtype}, the tokenizer's weights {dtype}: "
+                                 "images.to that type")
     shape, low, high = tuple(images.shape), images.min(), images.max()
     fits = len(shape) == 4 and shape[1] == 3 and not shape[2] % stride and not shape[3] % stride
     check(fits, f"images have shape {shape}, expected (B, 3, H, W) with sides that are multiples "
@@ -1350,8 +1369,9 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def run_script(main) -> None:
-    """Call a script's main. What a user or the machine caused is one line, with status 2."""
+def run_script(main, memory: str) -> None:
+    """Call a script's main. What a user or the machine caused is one line, with status 2; memory
+    says what helps where a GPU has too little, in the order of what it costs."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for odd file names
@@ -1365,6 +1385,7 @@ def run_script(main) -> None:
             raise
         # an error from a loader's process has its message at the end of a traceback
         text = str(e).strip().splitlines()[-1] if isinstance(e, HitaError) else first_line(e)
+        text += f" What helps: {memory}" if isinstance(e, torch.OutOfMemoryError) else ""
         print("error:", text.removeprefix("hita.HitaError: "), file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2) if world() > 1 else sys.exit(2)  # do not wait here for the other processes
@@ -1587,14 +1608,15 @@ def on_white(image: Image.Image) -> Image.Image:
     return image
 
 
-def read_picture(picture: str | Path | Image.Image) -> Image.Image:
+def read_picture(picture: str | Path | BinaryIO | Image.Image) -> Image.Image:
     """A file or a PIL picture as on_white gives it; what damaged files raise is of any kind."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of what does no harm
         if isinstance(picture, Image.Image):
             return on_white(picture)
         # not by name: some turned TIFF files come out scrambled where Pillow maps them
-        with open(picture, "rb") as file, Image.open(file) as image:
+        file = contextlib.nullcontext(picture) if hasattr(picture, "read") else open(picture, "rb")
+        with file as file, Image.open(file) as image:
             return on_white(image)
 
 
@@ -1620,15 +1642,17 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def load_picture(picture: str | Path | Image.Image, size: int) -> Tensor:
-    """A file or a PIL picture -> (1, 3, size, size) in [-1, 1], by the evaluation crop.
+def load_picture(picture: str | Path | BinaryIO | Image.Image, size: int) -> Tensor:
+    """A file, by name or open, or a PIL picture -> (1, 3, size, size) in [-1, 1], by the evaluation
+    crop.
 
     Raises HitaError if it cannot be read.
     """
     try:
         return to_tensor(crop_square(read_picture(picture), size))[None]
     except Exception as e:  # damaged files raise nearly everything
-        raise HitaError(f"the picture {picture} cannot be read: {first_line(e)}") from e
+        name = picture if isinstance(picture, (str, Path)) else f"of type {type(picture).__name__}"
+        raise HitaError(f"the picture {name} cannot be read: {first_line(e)}") from e
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -1754,12 +1778,13 @@ def picture_array(path: Path, count: int, size: int) -> np.ndarray:
     return np.lib.format.open_memmap(raw, "r+")
 
 
-def pack_pictures(path: Path, pictures: np.ndarray) -> None:
-    """Pack what picture_array gave as .npz under arr_0, as ADM's evaluator and others read it."""
+def pack_pictures(path: Path, pictures: np.ndarray, *labels: np.ndarray) -> None:
+    """Pack what picture_array gave as .npz under arr_0, as ADM's evaluator and others read it, and
+    the classes, where there are some, under arr_1."""
     pictures.flush()
     barrier()
     if rank() == 0:
-        np.savez(path, pictures)
+        np.savez(path, pictures, *labels)
         path.with_name(path.name + ".tmp").unlink()
     barrier()
 
@@ -2029,8 +2054,9 @@ def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
         return {**saved, "recipe": Recipe(**saved["recipe"]), "path": path,
                 "pictures": saved["made_from"]["pictures"]}
     except (KeyError, TypeError) as e:
-        raise HitaError(f"{path} is not the checkpoint of a run by this version: start from its "
-                        f"weights with --init-from {path}") from e
+        what = "is not the checkpoint of a run by this version"
+        what = what if "optimizer" in saved else "holds exported weights, without optimizers"
+        raise HitaError(f"{path} {what}: start from its weights with --init-from {path}") from e
 
 
 MAY_DIFFER = {"dropout", "token_dropout", "class_dropout", "beta"}  # of the model, within a run

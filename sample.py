@@ -301,12 +301,15 @@ def generate(args, device: torch.device, image: Path) -> None:
         array = np.empty((len(class_ids), size, size, 3), np.uint8)
     start, draw = time.time(), drawing(args, llama)
     for first in range(hita.rank() * CHUNK, len(class_ids), hita.world() * CHUNK):
-        chunk = slice(first, first + CHUNK)
-        ids = draw(class_ids[chunk].to(device), random=random[chunk].to(device))
+        chunk = torch.arange(first, min(first + CHUNK, len(class_ids)))
+        more = min(CHUNK, len(class_ids)) - len(chunk) if args.compile else 0
+        filled = F.pad(chunk, (0, more))  # all of one size, or the last would be compiled anew
+        ids = draw(class_ids[filled].to(device), random=random[filled].to(device))
+        ids = [kind[:len(chunk)] for kind in ids]
         images = published_size(decode(tokenizer, *ids), args.native)
         array[chunk] = hita.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
     if args.npz:
-        hita.pack_pictures(Path(args.npz), array)
+        hita.pack_pictures(Path(args.npz), array, class_ids.numpy())
     else:
         save_grid(args, torch.from_numpy(array).permute(0, 3, 1, 2), args.num, image)
         if args.single:
@@ -495,4 +498,4 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    hita.run_script(main)
+    hita.run_script(main, "fewer pictures at a time (--num), or --device cpu")

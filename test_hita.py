@@ -19,6 +19,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -442,16 +443,34 @@ def test_tokenizer_takes_other_sizes_and_oblong_images():
     assert tokenizer(torch.zeros(1, 3, 24, 24)).recon.shape == (1, 3, 24, 24)
     found = tokenizer.encode(wide)
     assert torch.allclose(tokenizer.decode(*found, grid=(4, 8)), tokenizer(wide).recon, atol=1e-5)
-    for call in (lambda: tokenizer.decode(found[0], found[1][:, :-1]),
-                 lambda: tokenizer.decode(found[0][:, 1:], found[1])):
-        with pytest.raises(hita.HitaError):
-            call()
+    g, p = found
+    for wrong in ((g, p[:, :-1]), (g[:, 1:], p), (g + 99, p), (g, p - 99), (g.float(), p),
+                  (g, p.int()), (g, p[0]), (g.repeat(2, 1), p), (None, p)):
+        with pytest.raises(hita.HitaError, match="ids"):
+            tokenizer.decode(*wrong, grid=(4, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tokenizer_works_in_half_precision(dtype, small_dino):
+    """Codes are always chosen in float32, what leads to them and back is not."""
+    tokenizer, images = tiny(dino=VIT, dino_dim=384), torch.rand(2, 3, 16, 16) * 2 - 1
+    tokenizer.attach_dino(small_dino)
+    found = tokenizer.encode(images)
+    expected = tokenizer.decode(*found)
+    tokenizer.to(dtype)
+    assert all((a == b).float().mean() > 0.5
+               for a, b in zip(tokenizer.encode(images.to(dtype)), found))
+    recon = tokenizer.decode(*found)
+    assert recon.dtype == dtype and (recon - expected).abs().max() < 0.1 * expected.std()
+    with pytest.raises(hita.HitaError, match="float32.*weights"):
+        tokenizer.encode(images)
 
 
 @pytest.mark.parametrize("images, message", [
     (Image.new("RGB", (16, 16)), "load_picture"), ("cat.jpg", "load_picture"),
     (ids(1, 3, 16, 16).byte(), "127.5"), (torch.full((1, 3, 16, 16), 200.0), "200"),
-    (torch.zeros(3, 16, 16), "shape"), (torch.zeros(1, 3, 16, 18), "multiples")])
+    (torch.zeros(3, 16, 16), "shape"), (torch.zeros(1, 3, 16, 18), "multiples"),
+    (torch.zeros(1, 3, 16, 16).double(), "float64.*float32")])
 def test_tokenizer_says_what_it_cannot_encode(images, message):
     with pytest.raises(hita.HitaError, match=message):
         tiny().encode(images)
@@ -582,12 +601,14 @@ def logits_of_steps(llama: hita.Llama, *args, **how) -> tuple[torch.Tensor, torc
     return torch.stack(seen, dim=1).float(), found
 
 
-@pytest.mark.parametrize("changes", [{}, dict(num_global=0), dict(dim=24)])  # 12 channels a head
+@pytest.mark.parametrize("changes", [
+    {}, dict(num_global=0), dict(dim=24), dict(grid=12)])  # 12 channels a head; 150 tokens
 def test_llama_cached_steps_equal_the_full_forward(changes):
     """Every position, so also M - 1, M and M + 1, where table, head and positions change."""
     llama, class_ids = tiny_llama(**changes), torch.tensor([1, 4])
     cached, found = logits_of_steps(llama, class_ids, top_k=1)
-    full = torch.cat(llama(class_ids, *found.split([llama.cfg.num_global, 16], dim=1)), dim=1)
+    kinds = found.split([llama.cfg.num_global, llama.cfg.num_patches], dim=1)
+    full = torch.cat(llama(class_ids, *kinds), dim=1)
     assert torch.allclose(cached, full, atol=1e-4) and torch.equal(full.argmax(-1), found)
 
 
@@ -600,6 +621,10 @@ def test_llama_reads_given_tokens_at_once(changes, released):
     found = draw(None)
     for length in (0, 1, 5, 6, 7, found.shape[1] - 1, found.shape[1]):
         assert torch.equal(draw(found[:, :length]), found)
+    wrong = (found.float(), found[:4], found[0], found.repeat(1, 2), found + 99, -found - 1)
+    for given in wrong:
+        with pytest.raises(hita.HitaError, match="given"):
+            draw(given)
 
 
 def test_llama_first_patch_attends_uniformly_and_patches_know_row_and_column():
@@ -1033,7 +1058,7 @@ def test_released_files_load_strictly_and_with_their_ema_weights(small_released,
     assert hita.load_llama("hita-u-b-250e").classes[207] == "golden retriever"
     folders = [f"n{i:08d}" for i in range(1000)]  # ImageNet's: the embeddings stay
     llama = hita.Llama(small_released[1].cfg)
-    train_ar.start_from(llama, "hita-u-b-250e", folders)
+    train_ar.start_from(llama, "hita-u-b-250e", folders, "unknown")
     assert torch.equal(llama.class_embedding.weight, small_released[1].class_embedding.weight)
 
 
@@ -1171,6 +1196,8 @@ def test_any_kind_of_picture_is_read(name, convert, tmp_path):
     expected = hita.to_tensor(hita.crop_square(grey.convert("RGB"), 16))
     found = hita.load_picture(path, 16)
     assert found.shape == (1, 3, 16, 16) and torch.allclose(found[0], expected, atol=0.03)
+    if name != "PIL":  # as web code has it
+        assert torch.equal(hita.load_picture(io.BytesIO(path.read_bytes()), 16), found)
 
 
 def test_transparent_pictures_get_a_white_ground_and_broken_ones_are_named(tmp_path):
@@ -1180,6 +1207,8 @@ def test_transparent_pictures_get_a_white_ground_and_broken_ones_are_named(tmp_p
     for name in ("none.png", "bad.png"):
         with pytest.raises(hita.HitaError, match=name):
             hita.load_picture(tmp_path / name, 16)
+    with pytest.raises(hita.HitaError, match="of type ndarray cannot be read"):
+        hita.load_picture(np.zeros((16, 16, 3)), 16)
 
 
 @pytest.mark.parametrize("bits, colours", [(1, 1), (2, 1), (4, 1), (16, 1), (8, 3), (16, 3)])
@@ -1557,7 +1586,7 @@ def test_bad_requests_get_one_line_and_status_2(command, message, script, tmp_pa
     monkeypatch.setattr(sys, "argv", [name, *args, "--out", str(tmp_path / "out")])
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with pytest.raises(SystemExit) as exit:
-        hita.run_script(SCRIPTS[name].main)
+        hita.run_script(SCRIPTS[name].main, "")
     lines = sys.stderr.getvalue().strip().splitlines()
     assert exit.value.code == 2 and lines[-1].startswith("error: ") and message in lines[-1]
 
@@ -1832,19 +1861,23 @@ def test_fine_tuning_the_tokenizer_takes_weights_and_discriminator(script):
         script("train_tokenizer.py", *flags[:-1], "plain/tokenizer.pt", "--out", "third")
 
 
-def test_fine_tuning_the_llama_starts_other_classes_anew(tmp_path):
+def test_fine_tuning_the_llama_starts_other_classes_anew(tmp_path, capsys):
     _, source = save_tiny(tmp_path)
     llama, path = tiny_llama(), str(tmp_path / "llama.pt")
-    train_ar.start_from(llama, path, list("abcde"))
+    start = partial(train_ar.start_from, tokenizer_hash=source.made_from["tokenizer_hash"])
+    start(llama, path, list("abcde"))
+    assert not capsys.readouterr().out
+    train_ar.start_from(llama, path, list("abcde"), "another")
+    assert "the ids mean something else" in capsys.readouterr().out
     assert all(map(torch.equal, llama.state_dict().values(), source.state_dict().values()))
     llama = tiny_llama(num_classes=3)
     new = llama.class_embedding.weight.detach().clone()
-    train_ar.start_from(llama, path, list("abc"))
+    start(llama, path, list("abc"))
     assert torch.equal(llama.class_embedding.weight[:3], new[:3])
     assert torch.equal(llama.class_embedding.weight[3], source.class_embedding.weight[5])
     assert torch.equal(llama.patch_head.weight, source.patch_head.weight)
     with pytest.raises(hita.HitaError, match="width|fit"):
-        train_ar.start_from(tiny_llama(dim=24), path, list("abc"))
+        start(tiny_llama(dim=24), path, list("abc"))
 
 
 # ---- uses and evaluation -----------------------------------------------------
@@ -1974,9 +2007,37 @@ def test_many_pictures_go_to_an_npz_file_whatever_the_number_of_processes(script
     result = shell("sample.py", "--out", tmp_path / "out", "--count", 130, "--npz",
                    tmp_path / "two.npz", processes=2)
     assert result.returncode == 0 and "130 pictures in" in result.stdout, result.stderr
-    one, two = (np.load(f"{name}.npz")["arr_0"] for name in ("one", "two"))
+    files = [np.load(f"{name}.npz") for name in ("one", "two")]
+    one, two = (file["arr_0"] for file in files)
     assert one.shape == (130, 16, 16, 3) and one.dtype == np.uint8 and np.array_equal(one, two)
+    labels = files[1]["arr_1"]
+    assert labels.dtype == np.int64 and np.array_equal(labels, np.arange(130) % 5)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_compiled_chunks_have_one_size_and_give_the_same_pictures(script, tmp_path, monkeypatch):
+    save_tiny(tmp_path / "out")
+    monkeypatch.setattr(sample, "CHUNK", 4)
+    sizes, step = set(), hita.Llama.step
+    monkeypatch.setattr(hita.Llama, "step", lambda self, x, *args: (
+        sizes.add(len(x)), step(self, x, *args))[1])
+    monkeypatch.setattr(torch, "compile", lambda step, **how: step)
+    for flags in ([], ["--compile"]):
+        sizes.clear()
+        script("sample.py", "--count", 10, "--npz", f"{len(flags)}.npz", *flags)
+    assert sizes == {2 * 4}  # with the class and without
+    one, two = (np.load(f"{n}.npz")["arr_0"] for n in (0, 1))
+    assert len(one) == 10 and np.array_equal(one, two)
+
+
+def test_a_gpu_with_too_little_memory_gets_advice(monkeypatch, capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore")
+
+    with pytest.raises(SystemExit):
+        hita.run_script(main, "--recompute")
+    assert capsys.readouterr().err == (
+        "error: CUDA out of memory. Tried to allocate 9 GiB. What helps: --recompute\n")
 
 
 def test_single_pictures_are_named_stay_in_their_folder_and_replace_their_like(tmp_path):
