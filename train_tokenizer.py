@@ -59,8 +59,8 @@ RECIPES = {
     "hita-v": Training(),
     "hita-u": Training(),
     "emoji": Training(
-        steps=600, batch_size=32, lr=1.5e-3, warmup=50, ema=0.99, lpips_weight=0.0, gan_weight=0.02,
-        gan_start=540, gan_width=32, crop_range=1.0, log_every=25, eval_every=200, keep_every=0,
+        steps=620, batch_size=32, lr=2e-3, warmup=50, ema=0.99, lpips_weight=0.0, gan_weight=0.02,
+        gan_start=570, gan_width=32, crop_range=1.0, log_every=25, eval_every=310, keep_every=0,
         workers=0),
 }
 
