@@ -134,12 +134,31 @@ class LlamaConfig:
 
 # ---- Convolutional encoder and decoder (VQGAN, Esser et al. 2021) ------------
 
-def group_norm(channels: int) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """(B, c, H, W) -> (B, c, H, W). Compiled for a GPU, torch's own wants another layout than the
+    convolutions and copies there and back; with `by_channel` Hita-V trains 1.24 times as fast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        compiled = x.is_cuda and torch.compiler.is_compiling()
+        return self.by_channel(x) if compiled else super().forward(x)
+
+    def by_channel(self, x: Tensor) -> Tensor:
+        """The same from moments of the channels, then of the groups."""
+        each = x.shape[1] // self.num_groups
+        moments = x.float().mean((2, 3)), x.float().square().mean((2, 3))  # (B, c) both
+        moments = (m.unflatten(1, (-1, each)).mean(2, keepdim=True) for m in moments)
+        mean, square = (m.expand(-1, -1, each).flatten(1) for m in moments)  # (B, c)
+        scale = self.weight * (square - mean.square() + self.eps).rsqrt()
+        y = x.float() * scale[..., None, None] + (self.bias - mean * scale)[..., None, None]
+        return y.type_as(self.weight)
+
+
+def group_norm(channels: int) -> GroupNorm:
     """As released: 32 groups from 128 channels on, of at least 4 each. In thinner layers one group:
     what all pixels of a group share, its mean and scale, is lost, and in thin nets with groups of 4
     that was the hue; with such groups the demo learned it 250 steps later."""
     groups = math.gcd(32, channels // 4) if channels >= 128 else 1
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):

@@ -214,6 +214,17 @@ def test_encoder_norms_have_32_groups_and_in_thin_layers_one():
     assert found == [1, 1, 1, 32, 1, 32]  # 132 is 4 * 33, and 32 and 33 share no divisor
 
 
+def test_encoder_norm_by_channel_is_the_norm():
+    norm, x = fill(hita.group_norm(128)), 5 + torch.randn(2, 128, 6, 7, dtype=torch.float32)
+    grads = []
+    for call in (norm.forward, norm.by_channel):
+        x = x.detach().requires_grad_()
+        y = call(x)
+        (y * wave(*y.shape)).sum().backward()
+        grads.append((y, x.grad))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads))
+
+
 # ---- centring and quantizer --------------------------------------------------
 
 @pytest.mark.parametrize("positions", [6, 1])
@@ -653,6 +664,14 @@ def test_llama_step_can_be_traced_as_a_whole_and_draws_the_same():
     plain = draw()
     llama.step = torch.compile(llama.step, backend="eager", fullgraph=True)
     assert torch.equal(draw(), plain)
+
+
+def test_llama_compiled_reads_a_growing_part_of_the_cache_and_draws_the_same():
+    llama = tiny_llama(num_global=0, grid=12, layers=1)  # 144 tokens: 128, then all
+    draw = lambda: llama.generate(torch.arange(2), seed=1)[1]
+    plain, lengths, step = draw(), [], torch.compile(llama.step, fullgraph=True)
+    llama.step = lambda *args: lengths.append(args[-1]) or step(*args)
+    assert torch.equal(draw(), plain) and lengths == [128] * 128 + [144] * 16
 
 
 @CUDA
