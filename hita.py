@@ -1135,7 +1135,7 @@ import safetensors.torch
 import torch.distributed as dist
 import torchvision
 from huggingface_hub.utils import logging as hub_logging
-from PIL import ExifTags, Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 try:
     import fcntl
@@ -1461,10 +1461,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Names the nearest flag where one is unknown."""
         wrong = re.search(r"unrecognized arguments: .*?(--[\w-]+)", message)
-        flag = re.search(r"argument .*?(--[\w-]+).*: expected .*one argument", message)
-        if flag or re.search(r"unrecognized arguments: -\w", message):
-            name = flag[1] if flag else "--flag"
-            message += f"; a value that begins with - is given as {name}=-..."
         near = difflib.get_close_matches(wrong[1], self._option_string_actions, 1) if wrong else []
         raise HitaError(message + (f"; did you mean {near[0]}?" if near else "; see --help"))
 
@@ -1553,75 +1549,34 @@ def data_entries(folder: str | Path) -> list[os.DirEntry]:
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def picture_files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """The picture files at any depth below a folder. Links are followed, unless they lead back."""
-    here = os.path.realpath(folder)
-    for entry in data_entries(folder) if os.path.isdir(here) and here not in above else []:
-        if os.path.isdir(entry.path):  # False for a link to itself
-            yield from picture_files(entry.path, (*above, here))
+def picture_files(folder: str | Path, depth: int = 8) -> Iterator[str]:
+    """The picture files below a folder, through links and so many folders: links may lead back."""
+    for entry in data_entries(folder):
+        if os.path.isdir(entry.path):
+            yield from picture_files(entry.path, depth - 1) if depth else ()
         elif entry.name.lower().endswith(PICTURES):
             yield entry.path
 
 
-@lru_cache(8)
-def to_srgb(profile: bytes, mode: str):
-    """The transform of pictures with this colour profile and mode to sRGB, None if it is broken."""
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of integers beyond 8 bits or of floats -> grey with 8 bits, and alpha where one
-    value is transparent. 16-bit grey (12-bit, if the file says so) has its full range; of other
-    kinds the least finite value becomes black and the greatest white: theirs is anybody's guess."""
-    values, clear = np.asarray(image), image.info.get("transparency")
-    tags = getattr(image, "tag_v2", {})  # of a TIFF file
-    low, high = 0, 2 ** tags.get(258, (16,))[0] - 1
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        finite = values[np.isfinite(values)].astype(np.float64)
-        low, high = (finite.min(), finite.max()) if len(finite) else (0, 1)
-    scaled = (np.nan_to_num(values.astype(np.float64), nan=low) - low) / max(high - low, 1e-30)
-    if tags.get(262) == 0:  # white is zero
-        scaled = 1 - scaled
-    grey = Image.fromarray((scaled.clip(0, 1) * 255).round().astype(np.uint8))
-    if isinstance(clear, int):
-        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-    return grey
-
-
-UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
-           6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF orientation -> what undoes it
-
-
 def on_white(image: Image.Image) -> Image.Image:
-    """Any picture as RGB in sRGB: upright as its EXIF data say, its colour profile applied (a
-    broken one is left aside), on white where it is transparent; beyond 8 bits see eight_bits."""
-    raw = image.tile[0][3] if getattr(image, "tile", None) else None
-    image.load()  # PNG files may have all this at their end
-    profile, clear = image.info.get("icc_profile"), image.info.get("transparency")
-    if raw in ("L;2", "L;4") and isinstance(clear, int):  # in the 8 bits that pixels have now
-        image.info["transparency"] = clear * (85 if raw == "L;2" else 17)
-    elif raw == "RGB;16B" and isinstance(clear, tuple):
-        image.info["transparency"] = tuple(value >> 8 for value in clear)
-    try:  # nothing but the orientation: the rest of the block may be damaged
-        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # damaged blocks raise nearly everything
-        turn = None
-    if image.mode[0] in "IF":
-        image = eight_bits(image)
-    if turn:
-        image = image.transpose(Image.Transpose[turn])
+    """Any picture as RGB in sRGB: upright as its EXIF data say, its colour profile applied, on
+    white where it is transparent. HitaError for pixels that are floats: their range is a guess."""
+    check(image.mode != "F", "pixels are floats, save it with 8 or 16 bits")
+    image = image.copy()  # loads it, too: PNG files may have all this at their end
+    with contextlib.suppress(Exception):  # damaged EXIF blocks raise nearly everything
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] == "I":
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
 
     # colours and transparency apart, since profiles know nothing of the latter
-    image = image.convert("LA") if image.mode == "La" else image
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
-    transform = to_srgb(profile, image.mode) if profile else None
-    image = transform.apply(image) if transform else image.convert("RGB")
+    if profile := image.info.get("icc_profile"):
+        with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            sRGB = ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(image, io.BytesIO(profile), sRGB, outputMode="RGB")
+    image = image.convert("RGB")
     if alpha:
         image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
     return image
@@ -1633,9 +1588,7 @@ def read_picture(picture: str | Path | BinaryIO | Image.Image) -> Image.Image:
         warnings.simplefilter("ignore")  # Pillow's, of what does no harm
         if isinstance(picture, Image.Image):
             return on_white(picture)
-        # not by name: some turned TIFF files come out scrambled where Pillow maps them
-        file = contextlib.nullcontext(picture) if hasattr(picture, "read") else open(picture, "rb")
-        with file as file, Image.open(file) as image:
+        with Image.open(picture) as image:
             return on_white(image)
 
 
@@ -1703,7 +1656,7 @@ class Pictures(torch.utils.data.Dataset):
         folder = Path(root) / "train"
         check(folder.is_dir(), f"there is no folder {folder}: pictures belong in {folder}/<class>/")
         self.classes = [entry.name for entry in data_entries(folder)
-                        if next(picture_files(entry.path, (os.path.realpath(folder),)), None)]
+                        if os.path.isdir(entry.path) and next(picture_files(entry.path), None)]
         number = {name: i for i, name in enumerate(self.classes)}
         files = list(picture_files(self.root))
         names = [os.path.relpath(path, self.root).split(os.sep) for path in files]
@@ -2031,23 +1984,14 @@ def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str
     check(found or not wanted, f"the tokenizer of this Llama ({recorded or 'in an unknown place'}) "
                                "is not there: say where it is with --tokenizer")
     for path in found or [str(beside)]:
-        try:
-            tokenizer = load_tokenizer(path)
-        except HitaError:
-            if len(found) > 1 and path != flag:  # something else is there now
-                continue
-            raise
+        tokenizer = load_tokenizer(path)
         if wanted in (None, fingerprint(tokenizer)):
             if flag not in (None, path) and rank() == 0:
                 print(f"{flag} is not the tokenizer of this Llama: using {path}", flush=True)
             return path, tokenizer
-    same = {str(Path(place).resolve()): place for place in found}  # a file by two names counts once
-    changed = "is not the tokenizer that the Llama was trained on"
-    if not flag and recorded in found:
-        changed = "was trained on, or replaced, after the Llama had learned its ids"
-    raise HitaError(f"{' and '.join(same.values())} {changed}: train a Llama again with python "
-                    f"train_ar.py --tokenizer {found[0]} --out NEW_DIR, or name the right state "
-                    "with --tokenizer if it still exists")
+    raise HitaError(f"{' and '.join(found)}: not the tokenizer of this Llama, or in another state, since "
+                    f"it was trained on: train a Llama again with python train_ar.py --tokenizer "
+                    f"{found[0]} --out NEW_DIR, or name the right state with --tokenizer")
 
 
 def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
@@ -2118,20 +2062,15 @@ def hold(out: Path, kind: str):
     ends. HitaError if another process has claimed it."""
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
-        if rank() > 0 or fcntl is None:
-            return None
-        file = open(out / f"{kind}.lock", "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        file.seek(0)
-        raise HitaError(f"{out} is being written to by {file.read()}: let that end, or choose "
-                        "another directory with --out") from e
-    except OSError:  # a file system without locks
-        return file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}")
-    file.flush()
+        file = open(out / f"{kind}.lock", "a")
+    if rank() == 0 and fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise HitaError(f"another process writes to {out}: let that end, or choose another "
+                            "directory with --out") from e
+        except OSError:  # a file system without locks
+            pass
     return file
 
 

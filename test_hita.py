@@ -14,11 +14,9 @@ import json
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
 import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -1227,58 +1225,10 @@ def test_transparent_pictures_get_a_white_ground_and_broken_ones_are_named(tmp_p
     for name in ("none.png", "bad.png"):
         with pytest.raises(hita.HitaError, match=name):
             hita.load_picture(tmp_path / name, 16)
-    with pytest.raises(hita.HitaError, match="of type ndarray cannot be read"):
-        hita.load_picture(np.zeros((16, 16, 3)), 16)
-
-
-@pytest.mark.parametrize("bits, colours", [(1, 1), (2, 1), (4, 1), (16, 1), (8, 3), (16, 3)])
-def test_a_value_may_be_transparent_in_png_files_of_any_depth(bits, colours, tmp_path):
-    top, clear = 2 ** bits - 1, max(1, 2 ** bits // 255)
-    row = "".join(f"{value:0{bits}b}" * colours for value in (0, clear, top))
-    row = int(row.ljust(8 * -(-len(row) // 8), "0"), 2).to_bytes(-(-len(row) // 8), "big")
-    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 3, 1, bits, colours - 1, 0, 0, 0)),
-              (b"tRNS", struct.pack(">H", clear) * colours),
-              (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks))
-    found = hita.read_picture(tmp_path / "x.png")
-    assert [found.getpixel((x, 0)) for x in range(3)] == [(0,) * 3, (255,) * 3, (255,) * 3]
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16"])
-def test_turned_tiff_files_are_upright(mode, tmp_path):
-    pixels = np.arange(0, 240, 40, dtype=np.uint8).reshape(2, 3)
-    image = Image.fromarray(pixels).convert(mode) if mode != "I;16" else Image.fromarray(
-        pixels.astype(np.uint16) * 257)
-    image.save(tmp_path / "x.tif", tiffinfo={274: 6})
-    found = np.asarray(hita.read_picture(tmp_path / "x.tif"))[..., 0]
-    assert np.abs(found - np.rot90(pixels, -1).astype(int)).max() <= 1
-
-
-def test_float_and_integer_pictures_span_their_own_range_and_grey_may_be_transparent(tmp_path):
-    ramp = np.linspace(0, 1, 16).reshape(4, 4)
-    holes = np.where(ramp > 0.9, np.nan, ramp)
-    for values in (1e-3 * ramp.astype(np.float32), -5 + ramp.astype(np.float32),
-                   (70_000 + 900_000 * ramp).astype(np.int32)):
-        Image.fromarray(values).save(tmp_path / "x.tif")
-        found = np.asarray(hita.read_picture(tmp_path / "x.tif"))[..., 0]
-        assert np.abs(found - 255 * ramp).max() <= 1
-    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "x.pfm")
-    assert np.abs(np.asarray(hita.read_picture(tmp_path / "x.pfm"))[..., 0] - 255 * ramp).max() <= 1
-    Image.fromarray((65535 * ramp).astype(np.uint16)).save(tmp_path / "x.tif")
-    entry = struct.pack("<HHIH", 262, 3, 1, 1)  # black is zero -> white is zero
-    data = (tmp_path / "x.tif").read_bytes().replace(entry, entry[:-2] + b"\0\0")
-    (tmp_path / "x.tif").write_bytes(data)
-    found = np.asarray(hita.read_picture(tmp_path / "x.tif"))[..., 0]
-    assert np.abs(255 - found - 255 * ramp).max() <= 1
-    Image.fromarray(holes.astype(np.float32)).save(tmp_path / "x.tif")
-    found = np.asarray(hita.read_picture(tmp_path / "x.tif"))[..., 0]
-    assert found.max() == 255 and found[0, 0] == found[3, 3] == 0
-    grey = Image.fromarray((1000 + 500 * np.arange(16).reshape(4, 4)).astype(np.uint16))
-    grey.save(tmp_path / "x.png", transparency=1500)
-    found = np.asarray(hita.read_picture(tmp_path / "x.png"))[0, :, 0]
-    assert found.tolist() == [4, 255, 8, 10]
+    for wrong, message in ((np.zeros((16, 16, 3)), "of type ndarray cannot be read"),
+                           (Image.new("F", (16, 16)), "floats")):
+        with pytest.raises(hita.HitaError, match=message):
+            hita.load_picture(wrong, 16)
 
 
 def rgb_profile() -> bytes:
@@ -1333,13 +1283,12 @@ def test_what_other_programs_leave_is_no_data_and_links_are_followed(tmp_path, c
     for place in (tmp_path / "more/deep/x.png", root / "train/loose.png"):
         place.write_bytes(some)
     (root / "train/class0/link").symlink_to(tmp_path / "more")
-    (tmp_path / "more/deep/back").symlink_to(root / "train/class0")
-    (tmp_path / "more/up").symlink_to(tmp_path / "more")
-    (root / "train/all").symlink_to(root / "train")
     (root / "train/class1/self.png").symlink_to(root / "train/class1/self.png")
     data = hita.Pictures(root, "train", 16)
     assert len(data) == 12 + 1 + 1 and len(data.classes) == 5  # with the link to itself
     assert "1 pictures in" in capfd.readouterr().err
+    (tmp_path / "more/back").symlink_to(tmp_path / "more")  # ends at some depth
+    assert len(hita.Pictures(root, "train", 16)) < 30
     before = data.signature()
     os.utime(tmp_path / "more/deep/x.png", (1, 1))
     assert data.signature() != before
@@ -1595,7 +1544,7 @@ def test_scripts_llama_in_two_processes_equals_one_and_samples(script, tmp_path)
     ("sample.py --temperature x", "x"), ("sample.py --image x.abc", "x.abc"),
     ("sample.py --seed -1", "--seed"), ("sample.py --count 5", "--npz"),
     ("sample.py --from README.md", "--style"), ("sample.py --keep nan", "--keep"),
-    ("sample.py --class -x", "--class=-"), ("sample.py --cfg-scale nan", "--cfg-scale"),
+    ("sample.py --class -x", "--class"), ("sample.py --cfg-scale nan", "--cfg-scale"),
     ("sample.py --cfg-scale 1e30", "--cfg-scale"),
     ("sample.py --temperature 0", "--temperature"),
     ("sample.py --reconstruct README.md --keep-globals", "not allowed with"),
@@ -1789,7 +1738,7 @@ def test_a_tokenizer_trained_on_after_its_llama_is_named(script):
     script("train_ar.py", *SMALL_AR)
     script("train_tokenizer.py", "--resume", "--steps", 5)
     for name, flags in (("sample.py", []), ("train_ar.py", ["--resume"])):
-        with pytest.raises(hita.HitaError, match="after the Llama") as error:
+        with pytest.raises(hita.HitaError, match="another state") as error:
             script(name, *flags)
     name, *flags = re.search(r"with python (.*) --out", str(error.value))[1].split()
     script(name, *flags, *SMALL_AR, "--out", "again")  # the command that it gives
@@ -2075,11 +2024,10 @@ def test_pictures_that_cannot_be_written_are_refused_before_or_kept(script, tmp_
     save_tiny(tmp_path / "out")
     (tmp_path / "folder.png").mkdir()
     few = "sample.py", "--class", "a", "--num"
-    for image, num in (("x.webp", 1000), ("x.psd", 1), ("folder.png", 1),
-                       ("out/llama.pt/x.png", 1)):
+    for image in ("x.psd", "folder.png", "out/llama.pt/x.png"):
         monkeypatch.setattr(hita.Llama, "generate", None)  # not reached
-        with pytest.raises((hita.HitaError, OSError), match="psd|webp|folder|llama.pt"):
-            script(*few, num, "--image", image)
+        with pytest.raises(hita.HitaError, match=image):
+            script(*few, 1, "--image", image)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [*few, "1", "--image", "x.png", "--out", "new", "--llama",
