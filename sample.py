@@ -118,7 +118,7 @@ def parse_args():
 def main():
     args = parse_args()
     if args.list:
-        return list_models()
+        return print(*(f"{name:16} {file}" for name, file in hita.RELEASED.items()), sep="\n")
     device = hita.set_up_device(args.device)
     hita.check(args.npz or hita.world() == 1, "several processes are for --npz FILE only")
     if args.fd:
@@ -160,12 +160,6 @@ def save_grid(args, pictures: Tensor, columns: int, image: Path) -> None:
         grid.save(kept)
         raise hita.HitaError(f"cannot write {image} ({hita.first_line(e)}); the pictures are in "
                              f"{kept}") from e
-
-
-def list_models() -> None:
-    """Print the released models."""
-    for name, file in hita.RELEASED.items():
-        print(f"{name:16} {file}")
 
 
 def default_llama(args) -> str:
