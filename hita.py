@@ -1324,9 +1324,9 @@ def distribute(model: nn.Module) -> nn.Module:
 
 
 def use_compile(asked: bool | None, preset: str, device: torch.device) -> bool:
-    """Whether to compile: as asked, else on CUDA, but not for the demo, which is soon done."""
+    """Whether to compile: as asked, else on CUDA, but not where small models are soon done."""
     possible = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return possible and preset != "emoji" if asked is None else asked
+    return possible and preset not in ("emoji", "prints") if asked is None else asked
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -1422,6 +1422,8 @@ TOKENIZERS = {
         layers=2, heads=4, dropout=0.0, num_global=16, global_codebook_size=256,
         patch_codebook_size=32, centre=True, revive_codes=True, k=8, dino="none"),
 }
+TOKENIZERS["prints"] = dataclasses.replace(
+    TOKENIZERS["emoji"], channels=32, latent_dim=160, heads=5)
 
 LLAMA_SIZES = {  # the paper's names; in brackets its nominal size and the true parameter count
     "B": dict(layers=12, heads=12, dim=768),      # (111M, 136.2M)
@@ -1430,6 +1432,7 @@ LLAMA_SIZES = {  # the paper's names; in brackets its nominal size and the true 
     "XXL": dict(layers=48, heads=24, dim=1536),   # (1.4B, 1461.5M)
     "2B": dict(layers=48, heads=32, dim=1920),    # (2.0B, 2251.5M)
     "emoji": dict(layers=4, heads=4, dim=128, dropout=0.0, token_dropout=0.0),
+    "prints": dict(layers=6, heads=7, dim=224, dropout=0.15),
 }
 
 MAY_BE_ZERO = {"dropout", "token_dropout", "class_dropout", "num_global", "k", "beta", "lr_final",

@@ -1099,10 +1099,10 @@ def test_prints_reconstructs_validation_pictures_and_its_globals_hold_the_palett
     recon = tokenizer.decode(global_ids, patch_ids)
     swapped = tokenizer.decode(global_ids.roll(15, dims=0), patch_ids)
     bits = hita.usage("global", hita.count_ids(global_ids, 256))["global_bits"]
-    # measured: PSNR_ dB, SWAP_ dB, BITS_ of the log2 31 = 4.95 bits that 31 pictures can show
-    assert hita.psnr(images, recon).mean() > 23.5
-    assert hita.psnr(images, swapped).mean() < 17
-    assert bits > 4
+    # measured: 24.98 dB, 12.63 dB, 4.82 of the log2 31 = 4.95 bits that 31 pictures can show
+    assert hita.psnr(images, recon).mean() > 24.5
+    assert hita.psnr(images, swapped).mean() < 14
+    assert bits > 4.6
 
 
 def test_prints_draws_what_the_readme_shows():
@@ -1130,7 +1130,7 @@ def test_prints_is_a_released_model_in_all_uses(script, tmp_path, monkeypatch, c
     assert "prints " in capsys.readouterr().out
     for name in ("samples", "style", "complete", "keep-globals"):
         assert Path(f"out/{name}.png").exists()
-    start = ["--init-from", "prints", "--steps", 1, "--batch-size", 2, "--data", "data"]
+    start = ["--preset", "prints", "--init-from", "prints", "--steps", 1, "--batch-size", 2, "--data", "data"]
     script("train_tokenizer.py", *start, "--gan-weight", 0, "--out", "out-t")
     assert figures(Path("out-t/tokenizer.jsonl"))[-1]["psnr"] > 8  # on noise
 

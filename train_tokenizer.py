@@ -16,6 +16,7 @@ the first halves the resolution.
 """
 
 import copy
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -59,10 +60,13 @@ RECIPES = {
     "hita-v": Training(),
     "hita-u": Training(),
     "emoji": Training(
-        steps=620, batch_size=32, lr=2e-3, warmup=50, ema=0.99, lpips_weight=0.0, gan_weight=0.02,
-        gan_start=570, gan_width=32, crop_range=1.0, log_every=25, eval_every=310, keep_every=0,
+        steps=660, batch_size=32, lr=1.5e-3, warmup=50, ema=0.99, lpips_weight=0.0, gan_weight=0.02,
+        gan_start=610, gan_width=32, crop_range=1.0, log_every=25, eval_every=330, keep_every=0,
         workers=0),
 }
+RECIPES["prints"] = dataclasses.replace(
+    RECIPES["emoji"], steps=2041, batch_size=64, gan_start=1796, eval_every=500,
+    workers=4)
 
 
 def main():
@@ -71,7 +75,8 @@ def main():
     preset = parser.add_preset(list(RECIPES))
     parser.add_run()
     parser.add_argument("--eval", nargs="?", const="", metavar="FILE", help="evaluate a tokenizer "
-                        "on the validation pictures and stop [tokenizer.pt in the run directory]")
+                        "on the validation pictures and stop [tokenizer.pt in the run directory]; "
+                        "whether they can be recognised a classifier outside this project says")
     parser.add_argument("--npz", metavar="PREFIX", help="with --eval: write "
                         "PREFIX-originals.npz and PREFIX-reconstructions.npz")
     parser.add_settings(hita.TOKENIZERS[preset])
