@@ -1639,7 +1639,7 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_overwritten(script, tm
         with pytest.raises(hita.HitaError, match=message):
             script(*start, *args)
     assert held == {p: p.read_bytes() for p in Path("out").iterdir()}
-    with pytest.raises(hita.HitaError, match="not the checkpoint of a run.*--init-from"):
+    with pytest.raises(hita.HitaError, match="exported weights, without optimizers.*--init-from"):
         script("train_tokenizer.py", "--out", "other", "--resume", "weights/tokenizer.pt")
     script(*start, "--resume", "--steps", 3, "--lr", 1e-5)
     assert "steps is 3 and was 2; lr is 1e-05 and was 0.001" in capsys.readouterr().out
@@ -1791,7 +1791,7 @@ def test_exported_weights_go_on_without_what_belongs_to_this_machine(script, tmp
 
 def test_a_run_directory_belongs_to_one_run_at_a_time(script, tmp_path):
     other = hita.hold(Path("out"), "tokenizer")
-    with pytest.raises(hita.HitaError, match=f"process {os.getpid()} on .*--out"):
+    with pytest.raises(hita.HitaError, match="another process writes to out.*--out"):
         script("train_tokenizer.py", "--data", "data", *SMALL)
     other.close()
     script("train_tokenizer.py", "--data", "data", *SMALL)
@@ -1848,14 +1848,13 @@ def test_fine_tuning_the_llama_starts_other_classes_anew(tmp_path, capsys):
 
 # ---- uses and evaluation -----------------------------------------------------
 
-def test_classes_by_name_and_index(capsys):
+def test_classes_by_name_and_index():
     names = ["cat", "face-happy", "flag", "Flag", "red  panda"]
     find = sample.class_indices
     assert find(["face-happy", "2", "Face-Happy", "Flag"], names) == [1, 2, 1, 3]
     assert find(None, names[:3]) == [0, 1, 2] and len(find(None, list(map(str, range(50))))) == 12
     assert find(["17", "2", "002"], ["17", "5", "2", "002"]) == [0, 2, 3]
     assert find(["1", "0"], ["17", "5"]) == [1, 0]
-    assert "class 1: name 5, index 1" in capsys.readouterr().out
     assert find(["cafe\u0301"], ["caf\u00e9", "x"]) == find(["CAF\u00c9"], ["cafe\u0301"]) == [0]
     for wrong, message in (("face-hapy", "face-happy"), ("5", "0 to 4"), ("-1", "0 to 4"),
                            ("--5", "no class is called --5"),
