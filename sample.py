@@ -21,7 +21,6 @@ to the bit; in bfloat16, on GPUs, rounding differs with the batch.
 """
 
 import difflib
-import io
 import os
 import re
 import time
@@ -119,7 +118,7 @@ def parse_args():
 def main():
     args = parse_args()
     if args.list:
-        return list_models()
+        return print(*(f"{name:16} {file}" for name, file in hita.RELEASED.items()), sep="\n")
     device = hita.set_up_device(args.device)
     hita.check(args.npz or hita.world() == 1, "several processes are for --npz FILE only")
     if args.fd:
@@ -129,7 +128,7 @@ def main():
     use = next((name for name in uses if getattr(args, name)), "samples")
     image = Path(args.image or Path(args.out) / f"{use.replace('_', '-')}.png")
     if not args.npz:
-        check_writable(image, (8, 8))
+        check_writable(image)
     if use == "samples":
         return generate(args, device, image)
     pictures, columns = uses[use](args, device)
@@ -137,23 +136,17 @@ def main():
     print(image)
 
 
-def check_writable(image: Path, size: tuple[int, int]) -> None:
-    """HitaError, before any work is done, if a picture of this size cannot be written there."""
+def check_writable(image: Path) -> None:
+    """HitaError, before any work is done, if a picture cannot be written there."""
+    writable = Image.registered_extensions().get(image.suffix.lower()) in Image.SAVE
     try:
         image.parent.mkdir(parents=True, exist_ok=True)
         place = image if image.exists() else image.parent
-        writable = os.access(place, os.W_OK) and not image.is_dir()
+        writable = writable and os.access(place, os.W_OK) and not image.is_dir()
     except OSError:
         writable = False
-    hita.check(writable, f"--image {image} cannot be written: choose another place")
-    try:
-        kind, file = Image.registered_extensions()[image.suffix.lower()], io.BytesIO()
-        Image.new("RGB", size).save(file, kind)
-        fits = Image.open(file).size == size
-    except Exception:  # each kind has limits of its own
-        fits = False
-    hita.check(fits, f"--image is {image}, which cannot hold a picture of {size[0]} x {size[1]} "
-               "pixels; choose a name that ends in .png")
+    hita.check(writable, f"--image {image} cannot be written: choose another place, and a name "
+               "that ends in .png")
 
 
 def save_grid(args, pictures: Tensor, columns: int, image: Path) -> None:
@@ -167,12 +160,6 @@ def save_grid(args, pictures: Tensor, columns: int, image: Path) -> None:
         grid.save(kept)
         raise hita.HitaError(f"cannot write {image} ({hita.first_line(e)}); the pictures are in "
                              f"{kept}") from e
-
-
-def list_models() -> None:
-    """Print the released models."""
-    for name, file in hita.RELEASED.items():
-        print(f"{name:16} {file}")
 
 
 def default_llama(args) -> str:
@@ -213,8 +200,6 @@ def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
             hita.check(0 <= int(word) < len(names), f"class {word} is out of range, this model has "
                                                     f"classes 0 to {len(names) - 1}{hint}")
             same = [int(word)]
-        if same and word.isdecimal() and any(name.isdecimal() for name in names):
-            print(f"class {word}: name {names[same[0]]}, index {same[0]}", flush=True)
         if not same:
             near = difflib.get_close_matches(typed, plain, n=3, cutoff=0.4) or plain[:3]
             near += [name for name in plain if typed in name.split() and name not in near][:3]
@@ -294,19 +279,18 @@ def generate(args, device: torch.device, image: Path) -> None:
     if args.npz:
         array = hita.picture_array(Path(args.npz), len(class_ids), size)
     else:
-        rows = -(-len(class_ids) // args.num)
-        check_writable(image, ((size + 2) * args.num + 2, (size + 2) * rows + 2))
-        if args.single:
-            check_writable(image.with_suffix("") / "x.png", (size, size))
         array = np.empty((len(class_ids), size, size, 3), np.uint8)
     start, draw = time.time(), drawing(args, llama)
     for first in range(hita.rank() * CHUNK, len(class_ids), hita.world() * CHUNK):
-        chunk = slice(first, first + CHUNK)
-        ids = draw(class_ids[chunk].to(device), random=random[chunk].to(device))
+        chunk = torch.arange(first, min(first + CHUNK, len(class_ids)))
+        more = min(CHUNK, len(class_ids)) - len(chunk) if args.compile else 0
+        filled = F.pad(chunk, (0, more))  # all of one size, or the last would be compiled anew
+        ids = draw(class_ids[filled].to(device), random=random[filled].to(device))
+        ids = [kind[:len(chunk)] for kind in ids]
         images = published_size(decode(tokenizer, *ids), args.native)
         array[chunk] = hita.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
     if args.npz:
-        hita.pack_pictures(Path(args.npz), array)
+        hita.pack_pictures(Path(args.npz), array, class_ids.numpy())
     else:
         save_grid(args, torch.from_numpy(array).permute(0, 3, 1, 2), args.num, image)
         if args.single:
@@ -495,4 +479,4 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    hita.run_script(main)
+    hita.run_script(main, "fewer pictures at a time (--num), or --device cpu")

@@ -14,11 +14,10 @@ import json
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
 import zipfile
-import zlib
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -211,6 +210,17 @@ def test_every_setting_is_read(config, files):
 def test_encoder_norms_have_32_groups_and_in_thin_layers_one():
     found = [hita.group_norm(c).num_groups for c in (8, 16, 64, 128, 132, 512)]
     assert found == [1, 1, 1, 32, 1, 32]  # 132 is 4 * 33, and 32 and 33 share no divisor
+
+
+def test_encoder_norm_by_channel_is_the_norm():
+    norm, x = fill(hita.group_norm(128)), 5 + torch.randn(2, 128, 6, 7, dtype=torch.float32)
+    grads = []
+    for call in (norm.forward, norm.by_channel):
+        x = x.detach().requires_grad_()
+        y = call(x)
+        (y * wave(*y.shape)).sum().backward()
+        grads.append((y, x.grad))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads))
 
 
 # ---- centring and quantizer --------------------------------------------------
@@ -442,16 +452,34 @@ def test_tokenizer_takes_other_sizes_and_oblong_images():
     assert tokenizer(torch.zeros(1, 3, 24, 24)).recon.shape == (1, 3, 24, 24)
     found = tokenizer.encode(wide)
     assert torch.allclose(tokenizer.decode(*found, grid=(4, 8)), tokenizer(wide).recon, atol=1e-5)
-    for call in (lambda: tokenizer.decode(found[0], found[1][:, :-1]),
-                 lambda: tokenizer.decode(found[0][:, 1:], found[1])):
-        with pytest.raises(hita.HitaError):
-            call()
+    g, p = found
+    for wrong in ((g, p[:, :-1]), (g[:, 1:], p), (g + 99, p), (g, p - 99), (g.float(), p),
+                  (g, p.int()), (g, p[0]), (g.repeat(2, 1), p), (None, p)):
+        with pytest.raises(hita.HitaError, match="ids"):
+            tokenizer.decode(*wrong, grid=(4, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tokenizer_works_in_half_precision(dtype, small_dino):
+    """Codes are always chosen in float32, what leads to them and back is not."""
+    tokenizer, images = tiny(dino=VIT, dino_dim=384), torch.rand(2, 3, 16, 16) * 2 - 1
+    tokenizer.attach_dino(small_dino)
+    found = tokenizer.encode(images)
+    expected = tokenizer.decode(*found)
+    tokenizer.to(dtype)
+    assert all((a == b).float().mean() > 0.5
+               for a, b in zip(tokenizer.encode(images.to(dtype)), found))
+    recon = tokenizer.decode(*found)
+    assert recon.dtype == dtype and (recon - expected).abs().max() < 0.1 * expected.std()
+    with pytest.raises(hita.HitaError, match="float32.*weights"):
+        tokenizer.encode(images)
 
 
 @pytest.mark.parametrize("images, message", [
     (Image.new("RGB", (16, 16)), "load_picture"), ("cat.jpg", "load_picture"),
     (ids(1, 3, 16, 16).byte(), "127.5"), (torch.full((1, 3, 16, 16), 200.0), "200"),
-    (torch.zeros(3, 16, 16), "shape"), (torch.zeros(1, 3, 16, 18), "multiples")])
+    (torch.zeros(3, 16, 16), "shape"), (torch.zeros(1, 3, 16, 18), "multiples"),
+    (torch.zeros(1, 3, 16, 16).double(), "float64.*float32")])
 def test_tokenizer_says_what_it_cannot_encode(images, message):
     with pytest.raises(hita.HitaError, match=message):
         tiny().encode(images)
@@ -582,12 +610,14 @@ def logits_of_steps(llama: hita.Llama, *args, **how) -> tuple[torch.Tensor, torc
     return torch.stack(seen, dim=1).float(), found
 
 
-@pytest.mark.parametrize("changes", [{}, dict(num_global=0), dict(dim=24)])  # 12 channels a head
+@pytest.mark.parametrize("changes", [
+    {}, dict(num_global=0), dict(dim=24), dict(grid=12)])  # 12 channels a head; 150 tokens
 def test_llama_cached_steps_equal_the_full_forward(changes):
     """Every position, so also M - 1, M and M + 1, where table, head and positions change."""
     llama, class_ids = tiny_llama(**changes), torch.tensor([1, 4])
     cached, found = logits_of_steps(llama, class_ids, top_k=1)
-    full = torch.cat(llama(class_ids, *found.split([llama.cfg.num_global, 16], dim=1)), dim=1)
+    kinds = found.split([llama.cfg.num_global, llama.cfg.num_patches], dim=1)
+    full = torch.cat(llama(class_ids, *kinds), dim=1)
     assert torch.allclose(cached, full, atol=1e-4) and torch.equal(full.argmax(-1), found)
 
 
@@ -600,6 +630,10 @@ def test_llama_reads_given_tokens_at_once(changes, released):
     found = draw(None)
     for length in (0, 1, 5, 6, 7, found.shape[1] - 1, found.shape[1]):
         assert torch.equal(draw(found[:, :length]), found)
+    wrong = (found.float(), found[:4], found[0], found.repeat(1, 2), found + 99, -found - 1)
+    for given in wrong:
+        with pytest.raises(hita.HitaError, match="given"):
+            draw(given)
 
 
 def test_llama_first_patch_attends_uniformly_and_patches_know_row_and_column():
@@ -630,12 +664,21 @@ def test_llama_step_can_be_traced_as_a_whole_and_draws_the_same():
     assert torch.equal(draw(), plain)
 
 
+def test_llama_compiled_reads_a_growing_part_of_the_cache_and_draws_the_same():
+    llama = tiny_llama(num_global=0, grid=12, layers=1)  # 144 tokens: 128, then all
+    draw = lambda: llama.generate(torch.arange(2), seed=1)[1]
+    plain, lengths, step = draw(), [], torch.compile(llama.step, fullgraph=True)
+    llama.step = lambda *args: lengths.append(args[-1]) or step(*args)
+    assert torch.equal(draw(), plain) and lengths == [128] * 128 + [144] * 16
+
+
 @CUDA
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("V", [32, 16384])
 def test_llama_on_cuda_draws_what_the_cpu_draws(V, compiled):
     """Guidance, given tokens, sampling; in float32 the same ids but for near-ties; in bfloat16
     it runs."""
+    torch._dynamo.reset()  # what was compiled before counts towards a limit
     llama = tiny_llama(global_codebook_size=V, patch_codebook_size=V)
     class_ids = torch.arange(64) % 5
     draw = lambda model, **how: torch.cat(model.generate(
@@ -914,9 +957,6 @@ def test_a_llama_finds_its_tokenizer_by_the_hash_of_the_weights(tmp_path):
             find(flag, tmp_path / "nowhere.pt")
     with pytest.raises(hita.HitaError, match="goes with hita-v, not with hita-u"):
         hita.find_tokenizer({"tokenizer": "hita-v"}, "hita-u", tmp_path / "nowhere.pt")
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/tokenizer.pt").touch()  # at the recorded place there is something else now
-    assert find(None, tmp_path / "moved/tokenizer.pt")[0] == str(tmp_path / "moved/tokenizer.pt")
 
 
 # ---- released files ----------------------------------------------------------
@@ -1033,7 +1073,7 @@ def test_released_files_load_strictly_and_with_their_ema_weights(small_released,
     assert hita.load_llama("hita-u-b-250e").classes[207] == "golden retriever"
     folders = [f"n{i:08d}" for i in range(1000)]  # ImageNet's: the embeddings stay
     llama = hita.Llama(small_released[1].cfg)
-    train_ar.start_from(llama, "hita-u-b-250e", folders)
+    train_ar.start_from(llama, "hita-u-b-250e", folders, "unknown")
     assert torch.equal(llama.class_embedding.weight, small_released[1].class_embedding.weight)
 
 
@@ -1171,6 +1211,8 @@ def test_any_kind_of_picture_is_read(name, convert, tmp_path):
     expected = hita.to_tensor(hita.crop_square(grey.convert("RGB"), 16))
     found = hita.load_picture(path, 16)
     assert found.shape == (1, 3, 16, 16) and torch.allclose(found[0], expected, atol=0.03)
+    if name != "PIL":  # as web code has it
+        assert torch.equal(hita.load_picture(io.BytesIO(path.read_bytes()), 16), found)
 
 
 def test_transparent_pictures_get_a_white_ground_and_broken_ones_are_named(tmp_path):
@@ -1180,56 +1222,10 @@ def test_transparent_pictures_get_a_white_ground_and_broken_ones_are_named(tmp_p
     for name in ("none.png", "bad.png"):
         with pytest.raises(hita.HitaError, match=name):
             hita.load_picture(tmp_path / name, 16)
-
-
-@pytest.mark.parametrize("bits, colours", [(1, 1), (2, 1), (4, 1), (16, 1), (8, 3), (16, 3)])
-def test_a_value_may_be_transparent_in_png_files_of_any_depth(bits, colours, tmp_path):
-    top, clear = 2 ** bits - 1, max(1, 2 ** bits // 255)
-    row = "".join(f"{value:0{bits}b}" * colours for value in (0, clear, top))
-    row = int(row.ljust(8 * -(-len(row) // 8), "0"), 2).to_bytes(-(-len(row) // 8), "big")
-    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 3, 1, bits, colours - 1, 0, 0, 0)),
-              (b"tRNS", struct.pack(">H", clear) * colours),
-              (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks))
-    found = hita.read_picture(tmp_path / "x.png")
-    assert [found.getpixel((x, 0)) for x in range(3)] == [(0,) * 3, (255,) * 3, (255,) * 3]
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16"])
-def test_turned_tiff_files_are_upright(mode, tmp_path):
-    pixels = np.arange(0, 240, 40, dtype=np.uint8).reshape(2, 3)
-    image = Image.fromarray(pixels).convert(mode) if mode != "I;16" else Image.fromarray(
-        pixels.astype(np.uint16) * 257)
-    image.save(tmp_path / "x.tif", tiffinfo={274: 6})
-    found = np.asarray(hita.read_picture(tmp_path / "x.tif"))[..., 0]
-    assert np.abs(found - np.rot90(pixels, -1).astype(int)).max() <= 1
-
-
-def test_float_and_integer_pictures_span_their_own_range_and_grey_may_be_transparent(tmp_path):
-    ramp = np.linspace(0, 1, 16).reshape(4, 4)
-    holes = np.where(ramp > 0.9, np.nan, ramp)
-    for values in (1e-3 * ramp.astype(np.float32), -5 + ramp.astype(np.float32),
-                   (70_000 + 900_000 * ramp).astype(np.int32)):
-        Image.fromarray(values).save(tmp_path / "x.tif")
-        found = np.asarray(hita.read_picture(tmp_path / "x.tif"))[..., 0]
-        assert np.abs(found - 255 * ramp).max() <= 1
-    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "x.pfm")
-    assert np.abs(np.asarray(hita.read_picture(tmp_path / "x.pfm"))[..., 0] - 255 * ramp).max() <= 1
-    Image.fromarray((65535 * ramp).astype(np.uint16)).save(tmp_path / "x.tif")
-    entry = struct.pack("<HHIH", 262, 3, 1, 1)  # black is zero -> white is zero
-    data = (tmp_path / "x.tif").read_bytes().replace(entry, entry[:-2] + b"\0\0")
-    (tmp_path / "x.tif").write_bytes(data)
-    found = np.asarray(hita.read_picture(tmp_path / "x.tif"))[..., 0]
-    assert np.abs(255 - found - 255 * ramp).max() <= 1
-    Image.fromarray(holes.astype(np.float32)).save(tmp_path / "x.tif")
-    found = np.asarray(hita.read_picture(tmp_path / "x.tif"))[..., 0]
-    assert found.max() == 255 and found[0, 0] == found[3, 3] == 0
-    grey = Image.fromarray((1000 + 500 * np.arange(16).reshape(4, 4)).astype(np.uint16))
-    grey.save(tmp_path / "x.png", transparency=1500)
-    found = np.asarray(hita.read_picture(tmp_path / "x.png"))[0, :, 0]
-    assert found.tolist() == [4, 255, 8, 10]
+    for wrong, message in ((np.zeros((16, 16, 3)), "of type ndarray cannot be read"),
+                           (Image.new("F", (16, 16)), "floats")):
+        with pytest.raises(hita.HitaError, match=message):
+            hita.load_picture(wrong, 16)
 
 
 def rgb_profile() -> bytes:
@@ -1284,13 +1280,12 @@ def test_what_other_programs_leave_is_no_data_and_links_are_followed(tmp_path, c
     for place in (tmp_path / "more/deep/x.png", root / "train/loose.png"):
         place.write_bytes(some)
     (root / "train/class0/link").symlink_to(tmp_path / "more")
-    (tmp_path / "more/deep/back").symlink_to(root / "train/class0")
-    (tmp_path / "more/up").symlink_to(tmp_path / "more")
-    (root / "train/all").symlink_to(root / "train")
     (root / "train/class1/self.png").symlink_to(root / "train/class1/self.png")
     data = hita.Pictures(root, "train", 16)
     assert len(data) == 12 + 1 + 1 and len(data.classes) == 5  # with the link to itself
     assert "1 pictures in" in capfd.readouterr().err
+    (tmp_path / "more/back").symlink_to(tmp_path / "more")  # ends at some depth
+    assert len(hita.Pictures(root, "train", 16)) < 30
     before = data.signature()
     os.utime(tmp_path / "more/deep/x.png", (1, 1))
     assert data.signature() != before
@@ -1546,7 +1541,7 @@ def test_scripts_llama_in_two_processes_equals_one_and_samples(script, tmp_path)
     ("sample.py --temperature x", "x"), ("sample.py --image x.abc", "x.abc"),
     ("sample.py --seed -1", "--seed"), ("sample.py --count 5", "--npz"),
     ("sample.py --from README.md", "--style"), ("sample.py --keep nan", "--keep"),
-    ("sample.py --class -x", "--class=-"), ("sample.py --cfg-scale nan", "--cfg-scale"),
+    ("sample.py --class -x", "--class"), ("sample.py --cfg-scale nan", "--cfg-scale"),
     ("sample.py --cfg-scale 1e30", "--cfg-scale"),
     ("sample.py --temperature 0", "--temperature"),
     ("sample.py --reconstruct README.md --keep-globals", "not allowed with"),
@@ -1557,7 +1552,7 @@ def test_bad_requests_get_one_line_and_status_2(command, message, script, tmp_pa
     monkeypatch.setattr(sys, "argv", [name, *args, "--out", str(tmp_path / "out")])
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with pytest.raises(SystemExit) as exit:
-        hita.run_script(SCRIPTS[name].main)
+        hita.run_script(SCRIPTS[name].main, "")
     lines = sys.stderr.getvalue().strip().splitlines()
     assert exit.value.code == 2 and lines[-1].startswith("error: ") and message in lines[-1]
 
@@ -1644,7 +1639,7 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_overwritten(script, tm
         with pytest.raises(hita.HitaError, match=message):
             script(*start, *args)
     assert held == {p: p.read_bytes() for p in Path("out").iterdir()}
-    with pytest.raises(hita.HitaError, match="not the checkpoint of a run.*--init-from"):
+    with pytest.raises(hita.HitaError, match="exported weights, without optimizers.*--init-from"):
         script("train_tokenizer.py", "--out", "other", "--resume", "weights/tokenizer.pt")
     script(*start, "--resume", "--steps", 3, "--lr", 1e-5)
     assert "steps is 3 and was 2; lr is 1e-05 and was 0.001" in capsys.readouterr().out
@@ -1740,7 +1735,7 @@ def test_a_tokenizer_trained_on_after_its_llama_is_named(script):
     script("train_ar.py", *SMALL_AR)
     script("train_tokenizer.py", "--resume", "--steps", 5)
     for name, flags in (("sample.py", []), ("train_ar.py", ["--resume"])):
-        with pytest.raises(hita.HitaError, match="after the Llama") as error:
+        with pytest.raises(hita.HitaError, match="another state") as error:
             script(name, *flags)
     name, *flags = re.search(r"with python (.*) --out", str(error.value))[1].split()
     script(name, *flags, *SMALL_AR, "--out", "again")  # the command that it gives
@@ -1796,7 +1791,7 @@ def test_exported_weights_go_on_without_what_belongs_to_this_machine(script, tmp
 
 def test_a_run_directory_belongs_to_one_run_at_a_time(script, tmp_path):
     other = hita.hold(Path("out"), "tokenizer")
-    with pytest.raises(hita.HitaError, match=f"process {os.getpid()} on .*--out"):
+    with pytest.raises(hita.HitaError, match="another process writes to out.*--out"):
         script("train_tokenizer.py", "--data", "data", *SMALL)
     other.close()
     script("train_tokenizer.py", "--data", "data", *SMALL)
@@ -1832,31 +1827,34 @@ def test_fine_tuning_the_tokenizer_takes_weights_and_discriminator(script):
         script("train_tokenizer.py", *flags[:-1], "plain/tokenizer.pt", "--out", "third")
 
 
-def test_fine_tuning_the_llama_starts_other_classes_anew(tmp_path):
+def test_fine_tuning_the_llama_starts_other_classes_anew(tmp_path, capsys):
     _, source = save_tiny(tmp_path)
     llama, path = tiny_llama(), str(tmp_path / "llama.pt")
-    train_ar.start_from(llama, path, list("abcde"))
+    start = partial(train_ar.start_from, tokenizer_hash=source.made_from["tokenizer_hash"])
+    start(llama, path, list("abcde"))
+    assert not capsys.readouterr().out
+    train_ar.start_from(llama, path, list("abcde"), "another")
+    assert "the ids mean something else" in capsys.readouterr().out
     assert all(map(torch.equal, llama.state_dict().values(), source.state_dict().values()))
     llama = tiny_llama(num_classes=3)
     new = llama.class_embedding.weight.detach().clone()
-    train_ar.start_from(llama, path, list("abc"))
+    start(llama, path, list("abc"))
     assert torch.equal(llama.class_embedding.weight[:3], new[:3])
     assert torch.equal(llama.class_embedding.weight[3], source.class_embedding.weight[5])
     assert torch.equal(llama.patch_head.weight, source.patch_head.weight)
     with pytest.raises(hita.HitaError, match="width|fit"):
-        train_ar.start_from(tiny_llama(dim=24), path, list("abc"))
+        start(tiny_llama(dim=24), path, list("abc"))
 
 
 # ---- uses and evaluation -----------------------------------------------------
 
-def test_classes_by_name_and_index(capsys):
+def test_classes_by_name_and_index():
     names = ["cat", "face-happy", "flag", "Flag", "red  panda"]
     find = sample.class_indices
     assert find(["face-happy", "2", "Face-Happy", "Flag"], names) == [1, 2, 1, 3]
     assert find(None, names[:3]) == [0, 1, 2] and len(find(None, list(map(str, range(50))))) == 12
     assert find(["17", "2", "002"], ["17", "5", "2", "002"]) == [0, 2, 3]
     assert find(["1", "0"], ["17", "5"]) == [1, 0]
-    assert "class 1: name 5, index 1" in capsys.readouterr().out
     assert find(["cafe\u0301"], ["caf\u00e9", "x"]) == find(["CAF\u00c9"], ["cafe\u0301"]) == [0]
     for wrong, message in (("face-hapy", "face-happy"), ("5", "0 to 4"), ("-1", "0 to 4"),
                            ("--5", "no class is called --5"),
@@ -1974,9 +1972,37 @@ def test_many_pictures_go_to_an_npz_file_whatever_the_number_of_processes(script
     result = shell("sample.py", "--out", tmp_path / "out", "--count", 130, "--npz",
                    tmp_path / "two.npz", processes=2)
     assert result.returncode == 0 and "130 pictures in" in result.stdout, result.stderr
-    one, two = (np.load(f"{name}.npz")["arr_0"] for name in ("one", "two"))
+    files = [np.load(f"{name}.npz") for name in ("one", "two")]
+    one, two = (file["arr_0"] for file in files)
     assert one.shape == (130, 16, 16, 3) and one.dtype == np.uint8 and np.array_equal(one, two)
+    labels = files[1]["arr_1"]
+    assert labels.dtype == np.int64 and np.array_equal(labels, np.arange(130) % 5)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_compiled_chunks_have_one_size_and_give_the_same_pictures(script, tmp_path, monkeypatch):
+    save_tiny(tmp_path / "out")
+    monkeypatch.setattr(sample, "CHUNK", 4)
+    sizes, step = set(), hita.Llama.step
+    monkeypatch.setattr(hita.Llama, "step", lambda self, x, *args: (
+        sizes.add(len(x)), step(self, x, *args))[1])
+    monkeypatch.setattr(torch, "compile", lambda step, **how: step)
+    for flags in ([], ["--compile"]):
+        sizes.clear()
+        script("sample.py", "--count", 10, "--npz", f"{len(flags)}.npz", *flags)
+    assert sizes == {2 * 4}  # with the class and without
+    one, two = (np.load(f"{n}.npz")["arr_0"] for n in (0, 1))
+    assert len(one) == 10 and np.array_equal(one, two)
+
+
+def test_a_gpu_with_too_little_memory_gets_advice(monkeypatch, capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore")
+
+    with pytest.raises(SystemExit):
+        hita.run_script(main, "--recompute")
+    assert capsys.readouterr().err == (
+        "error: CUDA out of memory. Tried to allocate 9 GiB. What helps: --recompute\n")
 
 
 def test_single_pictures_are_named_stay_in_their_folder_and_replace_their_like(tmp_path):
@@ -1994,11 +2020,10 @@ def test_pictures_that_cannot_be_written_are_refused_before_or_kept(script, tmp_
     save_tiny(tmp_path / "out")
     (tmp_path / "folder.png").mkdir()
     few = "sample.py", "--class", "a", "--num"
-    for image, num in (("x.webp", 1000), ("x.psd", 1), ("folder.png", 1),
-                       ("out/llama.pt/x.png", 1)):
+    for image in ("x.psd", "folder.png", "out/llama.pt/x.png"):
         monkeypatch.setattr(hita.Llama, "generate", None)  # not reached
-        with pytest.raises((hita.HitaError, OSError), match="psd|webp|folder|llama.pt"):
-            script(*few, num, "--image", image)
+        with pytest.raises(hita.HitaError, match=image):
+            script(*few, 1, "--image", image)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [*few, "1", "--image", "x.png", "--out", "new", "--llama",

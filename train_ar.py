@@ -110,7 +110,7 @@ def main():
     torch.manual_seed(recipe.seed)
     llama = hita.Llama(cfg)
     if args.init_from and not saved:
-        start_from(llama, args.init_from, train.classes)
+        start_from(llama, args.init_from, train.classes, made_from["tokenizer_hash"])
     llama.to(device)
     ema = copy.deepcopy(llama).eval().requires_grad_(False)
 
@@ -254,9 +254,13 @@ def split(rows: Tensor, M: int) -> tuple[Tensor, Tensor, Tensor]:
     return rows[:, 0], rows[:, 1:1 + M], rows[:, 1 + M:]
 
 
-def start_from(llama: hita.Llama, path: str, classes: list[str]) -> None:
+def start_from(llama: hita.Llama, path: str, classes: list[str], tokenizer_hash: str) -> None:
     """Fine-tuning: weights of a checkpoint or released model; other classes start anew."""
     data = hita.read_checkpoint(path, "llama")
+    theirs = data["made_from"].get("tokenizer_hash", tokenizer_hash)  # the authors' files have none
+    if theirs != tokenizer_hash and hita.rank() == 0:
+        print(f"{path} was trained with another tokenizer: to it the ids mean something else",
+              flush=True)
     weights, name = dict(data["ema"]), "class_embedding.weight"
     theirs = data.get("classes", classes)
     if theirs != classes or data["config"].num_classes != len(classes):
@@ -307,4 +311,4 @@ def sample_grid(ema: hita.Llama, tokenizer: hita.HitaTokenizer, recipe: Training
 
 
 if __name__ == "__main__":
-    hita.run_script(main)
+    hita.run_script(main, "--compile (where it is not on), --accumulate 4, a smaller --batch-size")

@@ -399,4 +399,4 @@ def linear_probe(x: Tensor, y: Tensor, val_x: Tensor, decay: float = 0.01) -> Te
 
 
 if __name__ == "__main__":
-    hita.run_script(main)
+    hita.run_script(main, "--compile (where it is not on), --recompute, a smaller --batch-size")
