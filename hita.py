@@ -1992,8 +1992,8 @@ def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str
             if flag not in (None, path) and rank() == 0:
                 print(f"{flag} is not the tokenizer of this Llama: using {path}", flush=True)
             return path, tokenizer
-    raise HitaError(f"{' and '.join(found)}: not the tokenizer of this Llama, or in another state, since "
-                    f"it was trained on: train a Llama again with python train_ar.py --tokenizer "
+    raise HitaError(f"{' and '.join(found)}: not the tokenizer of this Llama, or in another state, "
+                    f"since it was trained on: train a Llama again with python train_ar.py --tokenizer "
                     f"{found[0]} --out NEW_DIR, or name the right state with --tokenizer")
 
 

@@ -1130,7 +1130,8 @@ def test_prints_is_a_released_model_in_all_uses(script, tmp_path, monkeypatch, c
     assert "prints " in capsys.readouterr().out
     for name in ("samples", "style", "complete", "keep-globals"):
         assert Path(f"out/{name}.png").exists()
-    start = ["--preset", "prints", "--init-from", "prints", "--steps", 1, "--batch-size", 2, "--data", "data"]
+    start = ["--preset", "prints", "--init-from", "prints", "--data", "data"]
+    start += ["--steps", 1, "--batch-size", 2]
     script("train_tokenizer.py", *start, "--gan-weight", 0, "--out", "out-t")
     assert figures(Path("out-t/tokenizer.jsonl"))[-1]["psnr"] > 8  # on noise
 
