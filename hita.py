@@ -1993,8 +1993,9 @@ def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str
                 print(f"{flag} is not the tokenizer of this Llama: using {path}", flush=True)
             return path, tokenizer
     raise HitaError(f"{' and '.join(found)}: not the tokenizer of this Llama, or in another state, "
-                    f"since it was trained on: train a Llama again with python train_ar.py --tokenizer "
-                    f"{found[0]} --out NEW_DIR, or name the right state with --tokenizer")
+                    "since it was trained on: train a Llama again with python train_ar.py "
+                    f"--tokenizer {found[0]} --out NEW_DIR, or name the right state with "
+                    "--tokenizer")
 
 
 def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
