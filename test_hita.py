@@ -213,7 +213,7 @@ def test_encoder_norms_have_32_groups_and_in_thin_layers_one():
 
 
 def test_encoder_norm_by_channel_is_the_norm():
-    norm, x = fill(hita.group_norm(128)), 5 + torch.randn(2, 128, 6, 7, dtype=torch.float32)
+    norm, x = fill(hita.group_norm(128)), 5 + torch.randn(2, 128, 6, 7)
     grads = []
     for call in (norm.forward, norm.by_channel):
         x = x.detach().requires_grad_()

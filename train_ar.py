@@ -257,8 +257,8 @@ def split(rows: Tensor, M: int) -> tuple[Tensor, Tensor, Tensor]:
 def start_from(llama: hita.Llama, path: str, classes: list[str], tokenizer_hash: str) -> None:
     """Fine-tuning: weights of a checkpoint or released model; other classes start anew."""
     data = hita.read_checkpoint(path, "llama")
-    theirs = data["made_from"].get("tokenizer_hash", tokenizer_hash)  # the authors' files have none
-    if theirs != tokenizer_hash and hita.rank() == 0:
+    known = data["made_from"].get("tokenizer_hash", tokenizer_hash)  # the authors' files have none
+    if known != tokenizer_hash and hita.rank() == 0:
         print(f"{path} was trained with another tokenizer: to it the ids mean something else",
               flush=True)
     weights, name = dict(data["ema"]), "class_embedding.weight"
