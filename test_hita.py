@@ -634,6 +634,9 @@ def test_llama_reads_given_tokens_at_once(changes, released):
     for given in wrong:
         with pytest.raises(hita.HitaError, match="given"):
             draw(given)
+    for ids, seed, message in ((class_ids[:0], 0, "one or more"), (class_ids, -1, "seed is -1")):
+        with pytest.raises(hita.HitaError, match=message):
+            llama.generate(ids, seed=seed)
 
 
 def test_llama_first_patch_attends_uniformly_and_patches_know_row_and_column():
