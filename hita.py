@@ -1109,7 +1109,6 @@ def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor
 # ==============================================================================
 
 import argparse
-import bisect
 import contextlib
 import copy
 import dataclasses
@@ -1118,7 +1117,6 @@ import hashlib
 import importlib.util
 import inspect
 import io
-import itertools
 import json
 import os
 import re
@@ -1136,11 +1134,6 @@ import torch.distributed as dist
 import torchvision
 from huggingface_hub.utils import logging as hub_logging
 from PIL import Image, ImageCms, ImageOps
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 class RevivingQuantizer(VectorQuantizer):
@@ -1214,15 +1207,13 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int, int], size: int) -> None
 def check_images(images: Tensor, stride: int, dtype: torch.dtype) -> None:
     """HitaError unless images are a tensor (B, 3, H, W) of this float type in [-1, 1] whose sides
     the stride divides; a warning where they look like [0, 1]."""
-    is_float = isinstance(images, Tensor) and images.is_floating_point()
-    check(is_float, "images must be a float tensor (B, 3, H, W) in [-1, 1]: load_picture(file or "
-                    "PIL picture, size) makes one; of bytes take x / 127.5 - 1")
-    check(images.dtype == dtype, f"images are {images.dtype}, the tokenizer's weights {dtype}: "
-                                 f"encode images.to({dtype})")
-    shape, low, high = tuple(images.shape), images.min(), images.max()
-    fits = len(shape) == 4 and shape[1] == 3 and not shape[2] % stride and not shape[3] % stride
-    check(fits, f"images have shape {shape}, expected (B, 3, H, W) with sides that are multiples "
-                f"of the stride {stride}")
+    found = images.dtype if isinstance(images, Tensor) else type(images).__name__
+    check(found == dtype, f"images are {found}, expected a {dtype} tensor in [-1, 1]: load_picture("
+          "file or PIL picture, size) makes a float32 one; of bytes take x / 127.5 - 1")
+    shape = tuple(images.shape)
+    check(len(shape) == 4 and shape[1] == 3 and shape[2] % stride == shape[3] % stride == 0,
+          f"images are {shape}, expected (B, 3, H, W) with sides divisible by {stride}")
+    low, high = images.min(), images.max()
     check(low > -2 and high < 2, f"pixels reach from {low:.3g} to {high:.3g}, expected [-1, 1]")
     if 0 <= low < high:
         warnings.warn("no pixel is below 0: if these pictures are in [0, 1], encode 2 * x - 1",
@@ -1295,19 +1286,18 @@ def barrier() -> None:
 
 def set_up_device(name: str | None) -> torch.device:
     """The device of that name, or the best there is; joins the processes of torchrun."""
-    if name is None:
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    mps = torch.backends.mps.is_available()
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    check(name.split(":")[0] in ("cuda", "mps", "cpu"), f"--device {name} is not cuda, mps or cpu")
     try:
         device = torch.device(name)
-        check(device.type in ("cuda", "mps", "cpu"), f"device {name} is not cuda, mps or cpu")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as e:
+    except (RuntimeError, AssertionError, ValueError) as e:
         raise HitaError(f"device {name} cannot be used: {first_line(e)}; try --device cpu") from e
     torch.backends.cudnn.allow_tf32 = False  # with TF32 in the encoder some ids would be others
     return device
@@ -1340,13 +1330,12 @@ class Stop:
 
     def __init__(self):
         self.signalled, self.saved = torch.zeros(1), False
-        signal.signal(signal.SIGINT, self.handle)
-        signal.signal(signal.SIGTERM, self.handle)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
 
     def handle(self, number: int, frame) -> None:
         """Called by Python when a signal has come."""
         if self.saved:
-            os.write(2, b"stopped during the evaluation: continue with --resume\n")
             sys.exit(0)
         self.signalled += 1
         os.write(2, b"stopping after this step\n")
@@ -1361,8 +1350,6 @@ class Stop:
     def at_once(self):
         """Within this a signal ends the run at once: its checkpoint has been written."""
         self.saved = True
-        if self.signalled.item():  # it came after the step had asked
-            self.handle(0, None)
         yield
         self.saved = False
 
@@ -1371,16 +1358,6 @@ def ignore_signals(worker: int) -> None:
     """For loader processes, which end with the process that they load for."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def writing_to(out: str | Path):
-    """Within this an OSError becomes a HitaError that names the flag which chooses the place."""
-    try:
-        yield
-    except OSError as e:
-        raise HitaError(f"{out} cannot be written to ({first_line(e)}): choose another directory "
-                        "with --out") from e
 
 
 def first_line(error: BaseException) -> str:
@@ -1399,12 +1376,13 @@ def run_script(main, memory: str) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (HitaError, OSError, MemoryError, RuntimeError) as e:
-        ours = isinstance(e, (HitaError, OSError, MemoryError))
-        if not ours and not re.search("memory|worker|gloo|NCCL|[Pp]eer", str(e)):
+        machine = re.search("memory|worker|gloo|NCCL|[Pp]eer", str(e))
+        if isinstance(e, RuntimeError) and not machine:
             raise
         # an error from a loader's process has its message at the end of a traceback
         text = str(e).strip().splitlines()[-1] if isinstance(e, HitaError) else first_line(e)
         text += f" What helps: {memory}" if isinstance(e, torch.OutOfMemoryError) else ""
+        text += "; choose another place (--out, --data)" if isinstance(e, OSError) else ""
         print("error:", text.removeprefix("hita.HitaError: "), file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2) if world() > 1 else sys.exit(2)  # do not wait here for the other processes
@@ -1438,8 +1416,7 @@ LLAMA_SIZES = {  # the paper's names; in brackets its nominal size and the true 
 MAY_BE_ZERO = {"dropout", "token_dropout", "class_dropout", "num_global", "k", "beta", "lr_final",
                "warmup", "weight_decay", "lpips_weight", "gan_weight", "global_weight",
                "keep_every", "workers", "seed"}
-AT_MOST = {"dropout": 0.99, "token_dropout": 0.99, "class_dropout": 0.99, "ema": 0.999999,
-           "crop_range": 1.0, "seed": 2 ** 32 - 1}
+SHARES = {"dropout", "token_dropout", "class_dropout", "ema", "crop_range"}  # at most 1
 
 
 def check_numbers(settings):
@@ -1447,10 +1424,9 @@ def check_numbers(settings):
     for name, value in vars(settings).items():
         for x in value if isinstance(value, tuple) else (value,):
             if not isinstance(x, (bool, str)):
-                low = 0 <= x if name in MAY_BE_ZERO else 0 < x
-                check(low and x < math.inf, f"{name} is {value}, it must be positive")
-                limit = AT_MOST.get(name, x)
-                check(x <= limit, f"{name} is {value}, it must be at most {limit}")
+                positive = x > 0 or x == 0 and name in MAY_BE_ZERO
+                check(positive and x < math.inf, f"{name} is {value}, it must be positive")
+                check(x <= 1 or name not in SHARES, f"{name} is {value}, it must be at most 1")
     return settings
 
 
@@ -1462,14 +1438,13 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str):
-        """Names the nearest flag where one is unknown."""
-        wrong = re.search(r"unrecognized arguments: .*?(--[\w-]+)", message)
-        near = difflib.get_close_matches(wrong[1], self._option_string_actions, 1) if wrong else []
-        raise HitaError(message + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        """Called with what is wrong with the command line."""
+        raise HitaError(f"{message}; see --help")
 
-    def add_run(self) -> None:
+    def add_run(self, presets: list[str]) -> None:
         """The flags that both training scripts have."""
         add = self.add_argument
+        add("--preset", choices=presets, help="where to start from [emoji, as the values below]")
         add("--data", help="folder with train/<class>/<pictures> and val/... [embedded pictures]")
         add("--out", default="out", help="run directory [out]")
         add("--export", metavar="FILE", help="write the weights of the run directory's checkpoint, "
@@ -1481,14 +1456,6 @@ class Parser(argparse.ArgumentParser):
         add("--device", help="cuda, mps or cpu [the best there is]")
         add("--compile", action=argparse.BooleanOptionalAction,
             help="torch.compile, takes minutes [on CUDA, but for the demo]")
-
-    def add_preset(self, presets: list[str]) -> str:
-        """Add --preset, on which the defaults of other flags depend -> its value."""
-        self.add_argument("--preset", choices=presets, help="where to start from [emoji]")
-        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        early.add_argument("--preset", nargs="?", default="emoji")
-        preset = early.parse_known_args()[0].preset
-        return preset if preset in presets else "emoji"  # parse_args refuses others
 
     def add_settings(self, settings, skip: tuple[str, ...] = ()) -> None:
         """A flag for each field of a dataclass instance; its help is the comment behind it."""
@@ -1521,32 +1488,26 @@ def override(settings, args: argparse.Namespace):
 EMOJI = Path(__file__).parent / "data" / "prints64.zip"
 
 
-def embedded_data(out: str | Path = "out") -> Path:
-    """The folder of the embedded pictures, unpacked at first use: beside the zip or, where nothing
-    can be written there, below `out`."""
+def embedded_data() -> Path:
+    """The folder of the embedded pictures, unpacked beside the zip at first use."""
     folder = EMOJI.with_suffix("")
-    if not folder.is_dir() and not os.access(EMOJI.parent, os.W_OK):
-        folder = Path(out) / folder.name
     if rank() == 0 and not folder.is_dir():
         check(EMOJI.is_file(), f"{EMOJI} is missing; clone the repository again, or pass --data")
         temporary = folder.with_suffix(f".{os.getpid()}.tmp")
-        with writing_to(out), zipfile.ZipFile(EMOJI) as z:
+        with zipfile.ZipFile(EMOJI) as z:
             z.extractall(temporary)
         with contextlib.suppress(OSError):  # another run may have been faster
             os.replace(temporary, folder)
-        check(folder.is_dir(), f"{temporary} cannot be renamed: choose another place with --out")
     barrier()
     return folder
 
 
-NOT_DATA = {  # what desktops, network drives and disks leave; and what begins with a dot
-    "__macosx", "thumbs.db", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin",
-    "system volume information", "lost+found", "__pycache__"}
 PICTURES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif", ".jp2")
+NOT_DATA = {"__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin"}
 
 
 def data_entries(folder: str | Path) -> list[os.DirEntry]:
-    """What is in a folder, by name, without what is hidden or left there by other programs."""
+    """What is in a folder, by name, without what is hidden or kept there by other programs."""
     entries = [entry for entry in os.scandir(folder)
                if entry.name[0] != "." and entry.name.lower() not in NOT_DATA]
     return sorted(entries, key=lambda entry: entry.name)
@@ -1674,18 +1635,17 @@ class Pictures(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def stand_ins(self, epoch: int, index: int) -> Iterator[int]:
-        """Pictures to take for one that cannot be read: those of its class in an order that follows
-        from (seed, epoch, index), and if there is none, all others."""
+    def candidates(self, epoch: int, index: int) -> Iterator[int]:
+        """The picture and what to take if it cannot be read: first those of its class, in an order
+        that follows from (seed, epoch, index)."""
+        yield index
         rng = np.random.default_rng((self.seed, epoch, index, 1))
-        first, end = (bisect.bisect_left(self.samples, self.samples[index][1] + more,
-                                         key=lambda sample: sample[1]) for more in (0, 1))
-        yield from rng.permutation(np.arange(first, end))
-        yield from rng.permutation(len(self))
+        others = [label != self.samples[index][1] for _, label in self.samples]
+        yield from np.lexsort((rng.random(len(self)), others))
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = item
-        for i in itertools.chain([index], self.stand_ins(epoch, index)):
+        for i in self.candidates(epoch, index):
             path, label = self.samples[i]
             # augmentation depends on nothing but these three numbers
             random = self.augment or epoch > 1
@@ -1802,7 +1762,8 @@ class Log:
     def __init__(self, path: Path, steps: int, start: int):
         self.path, self.steps = path, steps
         self.values, self.last, self.since = {}, start, time.time()  # name: (sum, times)
-        if rank() == 0 and path.exists():
+        if rank() == 0:
+            path.touch()  # from now on another run refuses to start here
             lines = path.read_text().splitlines(keepends=True)
             whole = [x for x in lines if x.endswith("}\n")]  # not what a killed write left
             path.write_text("".join(x for x in whole if json.loads(x)["step"] <= start))
@@ -1853,11 +1814,9 @@ def save_checkpoint(path: Path, data: dict) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        guess = "" if isinstance(e, OSError) else " (is the disk full?)"
-        raise HitaError(f"cannot write {path}: {first_line(e)}{guess}; what was there before is "
-                        "untouched") from e
+        temporary.unlink(missing_ok=True)
+        raise HitaError(f"cannot write {path}, what was there before is untouched; is the disk "
+                        f"full? {first_line(e)}") from e
 
 
 def save_run(out: Path, kind: str, step: int, cfg, recipe, parts: dict, **facts) -> None:
@@ -1924,9 +1883,8 @@ def load_tokenizer(path: str | Path, dino: str | None = None) -> HitaTokenizer:
     """
     tokenizer = load_model(path, "tokenizer")
     if dino is not None and tokenizer.cfg.uses_dino:
-        named = not Path(dino).is_file()
-        name, file = (dino, None) if named else (tokenizer.cfg.dino, str(dino))
-        tokenizer.attach_dino(load_dino(name, file))
+        file = dino if Path(dino).is_file() else None
+        tokenizer.attach_dino(load_dino(tokenizer.cfg.dino if file else dino, file))
     return tokenizer
 
 
@@ -1975,59 +1933,48 @@ def fingerprint(*parts) -> str:
 
 
 def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str, HitaTokenizer]:
-    """The tokenizer that a Llama belongs to: of the flag, the recorded path and the file beside it
-    the first whose weights have the recorded hash. HitaError if none has."""
+    """The tokenizer that a Llama belongs to: the flag or else the recorded path or the file beside
+    it, if the weights have the recorded hash. HitaError if none has."""
     wanted, recorded = made_from.get("tokenizer_hash"), made_from.get("tokenizer")
-    exists = lambda place: place in RELEASED or Path(place).is_file()
-    check(not flag or exists(flag), f"there is no tokenizer checkpoint {flag}")
     check(flag == recorded or not {flag, recorded} <= RELEASED.keys(),
           f"this Llama goes with {recorded}, not with {flag}")
-    places = [flag] if flag and not wanted else [flag, recorded, str(beside)]
-    found = [place for place in dict.fromkeys(places) if place and exists(place)]
-    check(found or not wanted, f"the tokenizer of this Llama ({recorded or 'in an unknown place'}) "
-                               "is not there: say where it is with --tokenizer")
-    for path in found or [str(beside)]:
-        tokenizer = load_tokenizer(path)
-        if wanted in (None, fingerprint(tokenizer)):
-            if flag not in (None, path) and rank() == 0:
-                print(f"{flag} is not the tokenizer of this Llama: using {path}", flush=True)
-            return path, tokenizer
-    raise HitaError(f"{' and '.join(found)}: not the tokenizer of this Llama, or in another state, "
-                    "since it was trained on: train a Llama again with python train_ar.py "
-                    f"--tokenizer {found[0]} --out NEW_DIR, or name the right state with "
-                    "--tokenizer")
+    places = [flag] if flag else list(filter(None, [recorded, str(beside)]))
+    for path in places:
+        if not wanted or path in RELEASED or Path(path).is_file():
+            tokenizer = load_tokenizer(path)
+            if wanted in (None, fingerprint(tokenizer)):
+                return path, tokenizer
+    raise HitaError(f"{' and '.join(places)}: not there, or not the tokenizer of this Llama, or "
+                    "trained on since then: name the right one with --tokenizer, or train a Llama "
+                    f"again with python train_ar.py --tokenizer {places[0]} --out NEW_DIR")
 
 
 def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
     """The checkpoint that --resume continues, None for a new run. HitaError if the run directory
     holds a run that would be overwritten."""
-    out = Path(args.out)
-    newest, log = out / f"{kind}.pt", out / f"{kind}.jsonl"
+    newest, log = Path(args.out, f"{kind}.pt"), Path(args.out, f"{kind}.jsonl")
     path = Path(args.resume or newest)
-    path = path / newest.name if path.is_dir() else path
     if args.resume is None:
-        held = newest if newest.exists() else log
-        check(not held.exists(), f"{out} holds a run already ({held.name}): continue it with "
-                                 "--resume, or choose another directory with --out")
+        check(not newest.exists() and not log.exists(), f"{args.out} holds a run already: continue "
+              "it with --resume, or choose another directory with --out")
         return None
     if not args.resume and not newest.exists():
         if rank() == 0:
-            print(f"there is nothing to resume in {out}: a new run starts", flush=True)
+            print(f"there is nothing to resume in {args.out}: a new run starts", flush=True)
         return None
-    check(not newest.exists() or not path.exists() or path.samefile(newest),
-          f"{out} holds another run, or a later step, than {path}: choose another with --out")
+    check(not newest.exists() or not path.exists() or path.samefile(newest), f"{args.out} holds "
+          f"another run, or a later step, than {path}: choose another with --out")
     saved = read_checkpoint(path, kind)
     try:
         return {**saved, "recipe": Recipe(**saved["recipe"]), "path": path,
                 "pictures": saved["made_from"]["pictures"]}
     except (KeyError, TypeError) as e:
-        what = ("is not the checkpoint of a run by this version" if "optimizer" in saved else
-                "holds exported weights, without optimizers")
-        raise HitaError(f"{path} {what}: start from its weights with --init-from {path}") from e
+        raise HitaError(f"{path} holds weights only, or a run of another version: start from its "
+                        f"weights with --init-from {path}") from e
 
 
 MAY_DIFFER = {"dropout", "token_dropout", "class_dropout", "beta"}  # of the model, within a run
-FIXED = {"seed", "batch_size", "gan_width", "copies"}  # of the recipe
+FIXED = {"seed", "batch_size", "gan_width", "copies", "pictures"}  # of the recipe and the data
 
 
 def check_resume(saved: dict, cfg, recipe, pictures: int) -> None:
@@ -2035,15 +1982,14 @@ def check_resume(saved: dict, cfg, recipe, pictures: int) -> None:
     old = {**vars(saved["config"]), **vars(saved["recipe"]), "pictures": saved["pictures"]}
     new = {**vars(cfg), **vars(recipe), "pictures": pictures}
     changed = {x: f"{x} is {new[x]} and was {old[x]}" for x in new if new[x] != old[x]}
-    fixed = FIXED | {"pictures"} | vars(cfg).keys() - MAY_DIFFER
+    fixed = FIXED | vars(cfg).keys() - MAY_DIFFER
     wrong = [text for name, text in changed.items() if name in fixed]
     check(not wrong, f"{', '.join(wrong)}: that cannot change within a run; leave it as it was in "
                      f"{saved['path']}, or start a new run with another --out")
     if rank() == 0:
+        done = " (all: for more raise --steps)" if saved["step"] >= recipe.steps else ""
         listed = "; ".join(["", *changed.values()])
-        if saved["step"] >= recipe.steps:
-            listed += f"; all {recipe.steps} steps are done, for more raise --steps"
-        print(f"resuming {saved['path']} after step {saved['step']}{listed}", flush=True)
+        print(f"resuming {saved['path']} after step {saved['step']}{done}{listed}", flush=True)
 
 
 def made_from(args: argparse.Namespace, earlier: dict) -> dict:
@@ -2058,24 +2004,7 @@ def data_root(args: argparse.Namespace, made_from: dict) -> Path:
     root = made_from["data"]
     check(args.data or not root or Path(root).is_dir(), f"the checkpoint was made from pictures in "
           f"{root}, which is not there now: say where they are with --data")
-    return Path(root) if root else embedded_data(args.out)
-
-
-def hold(out: Path, kind: str):
-    """Make a run directory and claim it, until the file that this gives is closed or the process
-    ends. HitaError if another process has claimed it."""
-    with writing_to(out):
-        out.mkdir(parents=True, exist_ok=True)
-        file = open(out / f"{kind}.lock", "a")
-    if rank() == 0 and fcntl:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise HitaError(f"another process writes to {out}: let that end, or choose another "
-                            "directory with --out") from e
-        except OSError:  # a file system without locks
-            pass
-    return file
+    return Path(root) if root else embedded_data()
 
 
 def export(args: argparse.Namespace, kind: str) -> None:
@@ -2083,14 +2012,12 @@ def export(args: argparse.Namespace, kind: str) -> None:
     this machine."""
     data, path = read_checkpoint(args.resume or f"{args.out}/{kind}.pt", kind), Path(args.export)
     check(not path.exists(), f"{path} exists already: choose another name, or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
     facts = {name: data[name] for name in ("kind", "step", "classes") if name in data}
     facts["ema"] = {name: as_exported(tensor) for name, tensor in data["ema"].items()}
-    made = {name: value for name, value in data["made_from"].items()
-            if name in ("pictures", "preset", "tokenizer_hash")}
-    made["data"] = "/elsewhere" if data["made_from"].get("data") else None
-    if data["made_from"].get("tokenizer") in RELEASED:
-        made["tokenizer"] = data["made_from"]["tokenizer"]
+    made = {**data["made_from"], "dino_file": None}
+    made["data"] = "/elsewhere" if made.get("data") else None
+    if made.get("tokenizer") not in RELEASED:
+        made["tokenizer"] = None
     save_checkpoint(path, {**facts, "config": vars(data["config"]), "made_from": made})
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
