@@ -644,8 +644,8 @@ class HitaTokenizer(nn.Module):
         """Frozen features (B, 257, dino_dim), None where the configuration does without."""
         if not self.cfg.uses_dino:
             return None
-        check(self.dino is not None, f"encoding needs {self.cfg.dino}: load_tokenizer(path, dino="
-                                     "...) takes that name or a weights file")
+        check(self.dino is not None, f"encoding needs {self.cfg.dino}: hita.add_dino(tokenizer) "
+                                     "fetches it, hita.add_dino(tokenizer, file) reads it")
         return self.dino.to(images.device)(images).type_as(images)
 
     def embed(self, images: Tensor, dino_tokens: Tensor | None) -> tuple[Tensor | None, Tensor]:
@@ -1114,7 +1114,6 @@ import copy
 import dataclasses
 import difflib
 import hashlib
-import importlib.util
 import inspect
 import io
 import json
@@ -1137,8 +1136,8 @@ from PIL import Image, ImageCms, ImageOps
 
 
 class RevivingQuantizer(VectorQuantizer):
-    """For small data, and not part of Hita: while training, codes that are hardly used are moved
-    onto encoder outputs. It starts the codebook from data, too: at first no code has been used."""
+    """For small data, and not part of Hita: in training, codes that are hardly used are moved onto
+    encoder outputs. At first no code has been used, so the codebook starts from data, too."""
 
     def __init__(self, size: int, dim: int, beta: float = 0.25):
         super().__init__(size, dim, beta)
@@ -1158,24 +1157,24 @@ class RevivingQuantizer(VectorQuantizer):
         self.hits *= 0.9  # a single use is forgotten after 22 steps
         dead = self.hits < 0.1
 
-        # outputs and choices are those of all processes, so that the codebooks stay the same
-        z = all_gather(z)
-        choice = from_first(torch.randint(len(z), dead.shape, device=z.device))
+        # of the outputs of all processes, and as the first one chooses: codebooks stay the same
+        every = z.new_zeros(world(), *z.shape)
+        every[rank()] = z
+        z = all_sum(every).flatten(0, 1)  # (world * B*T, C)
+        choice = torch.randint(len(z), dead.shape, device=z.device)
+        choice = all_sum(choice * (rank() == 0))
         self.codebook.copy_(torch.where(dead[:, None], z[choice], self.codebook))
         self.hits.masked_fill_(dead, 1.0)
 
 
 def count_ids(ids: Tensor, size: int) -> Tensor:
-    """How often each id 0 .. size-1 stands at each position: (B, T) -> (T, size), no host sync."""
-    T = ids.shape[1]
-    index = ids + size * torch.arange(T, device=ids.device)  # a range of its own for each position
-    ones = torch.ones(ids.numel(), device=ids.device)
-    return torch.zeros(T * size, device=ids.device).index_add_(0, index.flatten(), ones).view(T, -1)
+    """How often each id 0 .. size-1 stands at each position: (B, T) -> (T, size)."""
+    counts = torch.zeros(ids.shape[1], size, device=ids.device)
+    return counts.scatter_add_(1, ids.T, torch.ones_like(ids.T, dtype=counts.dtype))
 
 
 def usage(name: str, counts: Tensor) -> dict[str, float]:
-    """Counts (T, V) of count_ids -> share of codes in use; bits, the mean over the positions of the
-    entropy of the ids there.
+    """Counts (T, V) -> share of codes in use; bits, the mean entropy of the ids at a position.
 
     Bits say how much a token tells of a picture, at most min(log2 V, log2 of the pictures). A
     codebook can be in use while every position has its own constant code: that is 0 bits.
@@ -1188,31 +1187,31 @@ def usage(name: str, counts: Tensor) -> dict[str, float]:
 
 
 def cumulative_sums(probs: Tensor) -> Tensor:
-    """Cumulative sums of probabilities (B, V) -> (B, V), within blocks of 128 and then over the
-    blocks: for CUDA, torch.compile (2.11) fails on a cumsum over 16,384."""
+    """Cumulative sums (B, V) -> (B, V), within blocks of 128 and then over the blocks: compiled
+    for CUDA (torch 2.11) a cumsum over 16,384 fails."""
     V = probs.shape[-1]
-    inner = F.pad(probs, (0, -V % 128)).unflatten(1, (-1, 128)).cumsum(dim=-1)  # (B, blocks, 128)
+    blocks = F.pad(probs, (0, -V % 128)).unflatten(1, (-1, 128))  # (B, blocks, 128)
+    inner = blocks.cumsum(dim=-1)
     before = F.pad(inner[:, :-1, -1].cumsum(dim=-1), (1, 0))  # (B, blocks)
     return (inner + before[..., None]).flatten(1)[:, :V]
 
 
 def check_ids(name: str, ids: Tensor, shape: tuple[int, int], size: int) -> None:
     """HitaError unless ids are an int64 tensor of this shape with values from 0 to size - 1."""
-    found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+    found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids)
     check(found == f"torch.int64 {shape}", f"{name} are {found}, expected torch.int64 {shape}")
-    low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
-    check(0 <= low and high < size, f"{name} reach from {low} to {high}, expected 0 to {size - 1}")
+    wrong = ids[(ids < 0) | (ids >= size)].tolist()
+    check(not wrong, f"{name} must be 0 to {size - 1}, not {wrong[:3]}")
 
 
 def check_images(images: Tensor, stride: int, dtype: torch.dtype) -> None:
-    """HitaError unless images are a tensor (B, 3, H, W) of this float type in [-1, 1] whose sides
-    the stride divides; a warning where they look like [0, 1]."""
-    found = images.dtype if isinstance(images, Tensor) else type(images).__name__
-    check(found == dtype, f"images are {found}, expected a {dtype} tensor in [-1, 1]: load_picture("
-          "file or PIL picture, size) makes a float32 one; of bytes take x / 127.5 - 1")
+    """HitaError for what is no such tensor; a warning where pictures look like [0, 1]."""
+    found = images.dtype if isinstance(images, Tensor) else type(images)
+    check(found == dtype, f"images are {found}, expected a {dtype} tensor in [-1, 1]: "
+          "load_picture(file or PIL picture, size) makes one; of bytes take x / 127.5 - 1")
     shape = tuple(images.shape)
-    check(len(shape) == 4 and shape[1] == 3 and shape[2] % stride == shape[3] % stride == 0,
-          f"images are {shape}, expected (B, 3, H, W) with sides divisible by {stride}")
+    fits = len(shape) == 4 and shape[1] == 3 and not shape[2] % stride and not shape[3] % stride
+    check(fits, f"images are {shape}, expected (B, 3, H, W) with sides divisible by {stride}")
     low, high = images.min(), images.max()
     check(low > -2 and high < 2, f"pixels reach from {low:.3g} to {high:.3g}, expected [-1, 1]")
     if 0 <= low < high:
@@ -1221,7 +1220,7 @@ def check_images(images: Tensor, stride: int, dtype: torch.dtype) -> None:
 
 
 def psnr(images: Tensor, recon: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in dB, (B, 3, H, W) in [-1, 1] -> (B,)."""
+    """Peak signal-to-noise ratio in dB: (B, 3, H, W) in [-1, 1], twice -> (B,)"""
     mse = (images - recon.clamp(-1, 1)).float().square().flatten(1).mean(dim=1)
     return 10 * torch.log10(4 / mse.clamp(min=1e-10))  # the values span 2
 
@@ -1231,6 +1230,12 @@ def psnr(images: Tensor, recon: Tensor) -> Tensor:
 def rank() -> int:
     """Index of this process, 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
+
+
+def say(text: str) -> None:
+    """Print a line, in the first process only."""
+    if rank() == 0:
+        print(text, flush=True)
 
 
 def world() -> int:
@@ -1263,22 +1268,6 @@ def all_mean(x: Tensor) -> Tensor:
     return DifferentiableSum.apply(x) / world()
 
 
-def all_gather(x: Tensor) -> Tensor:
-    """Tensors (n, ...) of all processes -> (world * n, ...)."""
-    if world() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
-def from_first(x: Tensor) -> Tensor:
-    """The tensor of process 0, in place."""
-    if world() > 1:
-        dist.broadcast(x, 0)
-    return x
-
-
 def barrier() -> None:
     """Wait until every process is here."""
     all_sum(torch.zeros(1))
@@ -1288,9 +1277,9 @@ def set_up_device(name: str | None) -> torch.device:
     """The device of that name, or the best there is; joins the processes of torchrun."""
     mps = torch.backends.mps.is_available()
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    check(name.split(":")[0] in ("cuda", "mps", "cpu"), f"--device {name} is not cuda, mps or cpu")
     try:
         device = torch.device(name)
+        check(device.type in ("cuda", "mps", "cpu"), "it is not cuda, mps or cpu")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
@@ -1315,8 +1304,8 @@ def distribute(model: nn.Module) -> nn.Module:
 
 def use_compile(asked: bool | None, preset: str, device: torch.device) -> bool:
     """Whether to compile: as asked, else on CUDA, but not where small models are soon done."""
-    possible = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return possible and preset not in ("emoji", "prints") if asked is None else asked
+    large = preset not in ("emoji", "prints")
+    return device.type == "cuda" and large if asked is None else asked
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -1329,14 +1318,12 @@ class Stop:
     """SIGTERM and Ctrl-C let the step end and the run be saved; a second Ctrl-C ends it at once."""
 
     def __init__(self):
-        self.signalled, self.saved = torch.zeros(1), False
+        self.signalled = torch.zeros(1)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame) -> None:
         """Called by Python when a signal has come."""
-        if self.saved:
-            sys.exit(0)
         self.signalled += 1
         os.write(2, b"stopping after this step\n")
         if world() == 1:  # torchrun passes Ctrl-C on, so there it always comes twice
@@ -1345,13 +1332,6 @@ class Stop:
     def asked(self) -> bool:
         """Whether any process was told to stop; the same answer in all."""
         return all_sum(self.signalled.clone()).item() > 0
-
-    @contextlib.contextmanager
-    def at_once(self):
-        """Within this a signal ends the run at once: its checkpoint has been written."""
-        self.saved = True
-        yield
-        self.saved = False
 
 
 def ignore_signals(worker: int) -> None:
@@ -1366,8 +1346,10 @@ def first_line(error: BaseException) -> str:
 
 
 def run_script(main, memory: str) -> None:
-    """Call a script's main. What a user or the machine caused is one line, with status 2; memory
-    says what helps where a GPU has too little, in the order of what it costs."""
+    """Call a script's main. What a user or the machine caused is one line, with status 2.
+
+    memory: what helps where a GPU has too little of it.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for odd file names
@@ -1379,11 +1361,14 @@ def run_script(main, memory: str) -> None:
         machine = re.search("memory|worker|gloo|NCCL|[Pp]eer", str(e))
         if isinstance(e, RuntimeError) and not machine:
             raise
-        # an error from a loader's process has its message at the end of a traceback
-        text = str(e).strip().splitlines()[-1] if isinstance(e, HitaError) else first_line(e)
-        text += f" What helps: {memory}" if isinstance(e, torch.OutOfMemoryError) else ""
-        text += "; choose another place (--out, --data)" if isinstance(e, OSError) else ""
-        print("error:", text.removeprefix("hita.HitaError: "), file=sys.stderr, flush=True)
+        text = first_line(e)
+        if isinstance(e, HitaError):  # one of a loader's process ends a traceback
+            text = str(e).strip().splitlines()[-1].removeprefix("hita.HitaError: ")
+        elif isinstance(e, torch.OutOfMemoryError):
+            text += f" What helps: {memory}"
+        elif isinstance(e, OSError):
+            text += "; choose another place (--out, --data)"
+        print("error:", text, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2) if world() > 1 else sys.exit(2)  # do not wait here for the other processes
     if dist.is_initialized():
@@ -1416,7 +1401,7 @@ LLAMA_SIZES = {  # the paper's names; in brackets its nominal size and the true 
 MAY_BE_ZERO = {"dropout", "token_dropout", "class_dropout", "num_global", "k", "beta", "lr_final",
                "warmup", "weight_decay", "lpips_weight", "gan_weight", "global_weight",
                "keep_every", "workers", "seed"}
-SHARES = {"dropout", "token_dropout", "class_dropout", "ema", "crop_range"}  # at most 1
+SHARES = {"dropout", "token_dropout", "class_dropout", "ema"}  # below 1
 
 
 def check_numbers(settings):
@@ -1426,7 +1411,7 @@ def check_numbers(settings):
             if not isinstance(x, (bool, str)):
                 positive = x > 0 or x == 0 and name in MAY_BE_ZERO
                 check(positive and x < math.inf, f"{name} is {value}, it must be positive")
-                check(x <= 1 or name not in SHARES, f"{name} is {value}, it must be at most 1")
+                check(x < 1 or name not in SHARES, f"{name} is {value}, it must be below 1")
     return settings
 
 
@@ -1444,14 +1429,13 @@ class Parser(argparse.ArgumentParser):
     def add_run(self, presets: list[str]) -> None:
         """The flags that both training scripts have."""
         add = self.add_argument
-        add("--preset", choices=presets, help="where to start from [emoji, as the values below]")
-        add("--data", help="folder with train/<class>/<pictures> and val/... [embedded pictures]")
+        add("--preset", choices=presets, help="settings to start from [emoji's, as below]")
+        add("--data", help="folder with train/<class>/... and val/<class>/... [embedded pictures]")
         add("--out", default="out", help="run directory [out]")
-        add("--export", metavar="FILE", help="write the weights of the run directory's checkpoint, "
-            "or that of --resume, as a file for others, and stop")
+        add("--export", metavar="FILE", help="write the weights alone, for others, and stop")
         add("--resume", nargs="?", const="", metavar="FILE",
             help="go on from this checkpoint, or from the run directory's if there is one")
-        add("--init-from", metavar="FILE", help="start from these weights, a file or released name")
+        add("--init-from", metavar="FILE", help="start from weights: a file or released name")
         add("--dino-file", metavar="FILE", help="DINOv2 weights, .pth or .safetensors [the Hub's]")
         add("--device", help="cuda, mps or cpu [the best there is]")
         add("--compile", action=argparse.BooleanOptionalAction,
@@ -1486,6 +1470,7 @@ def override(settings, args: argparse.Namespace):
 # ---- Pictures ----------------------------------------------------------------
 
 EMOJI = Path(__file__).parent / "data" / "prints64.zip"
+warnings.filterwarnings("ignore", module="PIL")  # of files with faults that do no harm
 
 
 def embedded_data() -> Path:
@@ -1514,7 +1499,7 @@ def data_entries(folder: str | Path) -> list[os.DirEntry]:
 
 
 def picture_files(folder: str | Path, depth: int = 8) -> Iterator[str]:
-    """The picture files below a folder, through links and so many folders: links may lead back."""
+    """The picture files below a folder, through links; where these lead back, to some depth."""
     for entry in data_entries(folder):
         if os.path.isdir(entry.path):
             yield from picture_files(entry.path, depth - 1) if depth else ()
@@ -1523,8 +1508,10 @@ def picture_files(folder: str | Path, depth: int = 8) -> Iterator[str]:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Any picture as RGB in sRGB: upright as its EXIF data say, its colour profile applied, on
-    white where it is transparent. HitaError for pixels that are floats: their range is a guess."""
+    """Any picture as RGB in sRGB: upright by its EXIF data, on white where it is transparent.
+
+    HitaError for pixels that are floats: their range is a guess.
+    """
     check(image.mode != "F", "pixels are floats, save it with 8 or 16 bits")
     image = image.copy()  # loads it, too: PNG files may have all this at their end
     with contextlib.suppress(Exception):  # damaged EXIF blocks raise nearly everything
@@ -1548,19 +1535,19 @@ def on_white(image: Image.Image) -> Image.Image:
 
 def read_picture(picture: str | Path | BinaryIO | Image.Image) -> Image.Image:
     """A file or a PIL picture as on_white gives it; what damaged files raise is of any kind."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of what does no harm
-        if isinstance(picture, Image.Image):
-            return on_white(picture)
-        with Image.open(picture) as image:
-            return on_white(image)
+    if isinstance(picture, Image.Image):
+        return on_white(picture)
+    with Image.open(picture) as image:
+        return on_white(image)
 
 
 def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None = None,
                 crop_range: float = 1.0) -> np.ndarray:
-    """A picture -> (size, size, 3) uint8: the centre crop of ADM's evaluation, or with rng a random
-    one, which shows between crop_range of the smaller side and all of it."""
-    side = size if rng is None else int(rng.integers(size, math.ceil(size / crop_range) + 1))
+    """A picture -> (size, size, 3) uint8: the centre crop of ADM's evaluation, or a random one.
+
+    That shows between crop_range of the smaller side and all of it.
+    """
+    side = size if rng is None else rng.integers(size, math.ceil(size / crop_range) + 1)
     while min(image.size) >= 2 * side:  # halving first avoids aliasing
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = side / min(image.size)
@@ -1579,15 +1566,14 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 
 
 def load_picture(picture: str | Path | BinaryIO | Image.Image, size: int) -> Tensor:
-    """A file, by name or open, or a PIL picture -> (1, 3, size, size) in [-1, 1], by the evaluation
-    crop.
+    """A file, by name or open, or a PIL picture -> its centre (1, 3, size, size) in [-1, 1].
 
     Raises HitaError if it cannot be read.
     """
     try:
         return to_tensor(crop_square(read_picture(picture), size))[None]
     except Exception as e:  # damaged files raise nearly everything
-        name = picture if isinstance(picture, (str, Path)) else f"of type {type(picture).__name__}"
+        name = picture if isinstance(picture, (str, Path)) else type(picture)
         raise HitaError(f"the picture {name} cannot be read: {first_line(e)}") from e
 
 
@@ -1604,40 +1590,33 @@ def picture_grid(images: Tensor, columns: int = 8) -> Image.Image:
 
 
 class Pictures(torch.utils.data.Dataset):
-    """DIR/<split>/<class>/<picture>; an item (epoch, index) is an image (3, size, size) in [-1, 1]
-    and its class. The classes are the folders in DIR/train that hold pictures, whatever the split.
+    """DIR/<split>/<class>/<picture>: items (epoch, index) -> image (3, size, size), class.
 
-    augment: crop and flip are drawn from (seed, epoch, index) and nothing else, so a resumed run
-    sees the same pictures. Without it epoch 0 is the plain picture, 1 its mirror image, and later
-    ones are augmented. A picture that cannot be read is named, and one of its class stands in; with
-    stand_in=False it is a grey one of class -1. HitaError if there are no pictures.
+    The classes are the folders in DIR/train that hold pictures, whatever the split. augment: crop
+    and flip follow from (seed, epoch, index), so a resumed run sees the same pictures. Without it
+    epoch 0 is the plain picture, 1 its mirror image, and later ones are augmented. A picture that
+    cannot be read is named, and one of its class stands in. HitaError if there are no pictures.
     """
 
     def __init__(self, root: str | Path, split: str, size: int, augment: bool = False,
                  crop_range: float = 1.0, seed: int = 0):
-        self.root, self.split, self.stand_in = Path(root) / split, split, True
+        check(crop_range <= 1, f"crop_range is {crop_range}, it must be at most 1")
+        self.root, self.split = Path(root) / split, split
         self.size, self.augment, self.crop_range, self.seed = size, augment, crop_range, seed
         folder = Path(root) / "train"
         check(folder.is_dir(), f"there is no folder {folder}: pictures belong in {folder}/<class>/")
         self.classes = [entry.name for entry in data_entries(folder)
                         if os.path.isdir(entry.path) and next(picture_files(entry.path), None)]
-        number = {name: i for i, name in enumerate(self.classes)}
-        files = list(picture_files(self.root))
-        names = [os.path.relpath(path, self.root).split(os.sep) for path in files]
-        self.samples = [(path, number[name[0]]) for path, name in zip(files, names)
-                        if len(name) > 1 and name[0] in number]
-        check(len(self) > 0, f"no pictures in {self.root}/<class>/, where <class> is a folder that "
-                             f"{folder} has, too")
-        if len(self) < len(files) and rank() == 0:
-            print(f"left out: {len(files) - len(self)} pictures in {self.root} that are not in the "
-                  f"folder of a class of {root}/train", file=sys.stderr, flush=True)
+        folders = [(self.root / name, label) for label, name in enumerate(self.classes)]
+        self.samples = [(path, label) for folder, label in folders if folder.is_dir()
+                        for path in picture_files(folder)]
+        check(len(self) > 0, f"no pictures in {self.root}/<class>/, of classes as in {folder}")
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def candidates(self, epoch: int, index: int) -> Iterator[int]:
-        """The picture and what to take if it cannot be read: first those of its class, in an order
-        that follows from (seed, epoch, index)."""
+        """The picture, and what stands in if it cannot be read: first others of its class."""
         yield index
         rng = np.random.default_rng((self.seed, epoch, index, 1))
         others = [label != self.samples[index][1] for _, label in self.samples]
@@ -1656,28 +1635,26 @@ class Pictures(torch.utils.data.Dataset):
                 return to_tensor(pixels[:, ::-1] if flip else pixels), label
             except Exception as e:  # damaged files raise nearly everything
                 print(f"skipped {path}: {first_line(e)}", file=sys.stderr, flush=True)
-            if not self.stand_in:
-                return torch.zeros(3, self.size, self.size), -1
         raise HitaError(f"none of the {len(self)} pictures in {self.root} can be read")
 
     def signature(self) -> list:
-        """What a cache made from these pictures depends on: names, sizes and dates of the files
-        (behind links, too)."""
-        stats = [(p, n, os.stat(p)) for p, n in self.samples if os.path.exists(p)]
-        files = [[os.path.relpath(p, self.root), n, s.st_size, s.st_mtime_ns] for p, n, s in stats]
+        """What a cache made from these pictures depends on: names, sizes and dates of the files."""
+        files = []
+        for path, label in self.samples:
+            with contextlib.suppress(OSError):  # a link that leads nowhere
+                stat = os.stat(path)
+                name = os.path.relpath(path, self.root)
+                files.append([name, label, stat.st_size, stat.st_mtime_ns])
         return [files, self.size, self.crop_range, self.seed]
 
 
 def validation_pictures(train: Pictures) -> Pictures:
-    """The folder val (or valid, or validation) beside train; where there is none, about 1,000
-    pictures of train, plain."""
+    """The folder val (valid, validation) beside train; if there is none, about 1,000 of train."""
     root = train.root.parent
     for split in ("val", "valid", "validation"):
         if (root / split).is_dir():
             return Pictures(root, split, train.size)
-    if rank() == 0:
-        print(f"{root} has no folder val: figures called train_... are of training pictures",
-              flush=True)
+    say(f"{root} has no folder val: figures called train_... are of training pictures")
     some = copy.copy(train)
     some.augment, some.samples = False, train.samples[::max(1, len(train) // 1000)]
     return some
@@ -1691,9 +1668,8 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
 
 def batch(step: int, length: int, batch_size: int, seed: int) -> list[tuple[int, int]]:
     """(epoch, index) of this process's share of a step; it depends on the arguments alone."""
-    check(batch_size % world() == 0, f"batch_size {batch_size} cannot be divided among {world()} "
-                                     "processes")
-    share = batch_size // world()
+    share, rest = divmod(batch_size, world())
+    check(rest == 0, f"batch_size {batch_size} cannot be divided among {world()} processes")
     first = (step - 1) * batch_size + rank() * share
     items = []
     for position in range(first, first + share):
@@ -1714,8 +1690,7 @@ def picture_array(path: Path, count: int, size: int) -> np.ndarray:
 
 
 def pack_pictures(path: Path, pictures: np.ndarray, *labels: np.ndarray) -> None:
-    """Pack what picture_array gave as .npz under arr_0, as ADM's evaluator and others read it, and
-    the classes, where there are some, under arr_1."""
+    """Pack what picture_array gave as .npz: pictures as arr_0, as ADM has it, labels as arr_1."""
     pictures.flush()
     barrier()
     if rank() == 0:
@@ -1753,10 +1728,9 @@ def optimizer_step(optimizer: torch.optim.Optimizer, model: nn.Module, clip: flo
 
 
 class Log:
-    """One line of figures at a time, printed and appended as JSON to a file.
+    """Lines of figures, printed and appended as JSON to a file; those after `start` are removed.
 
-    Between the lines figures stay on the device. Lines after step `start`, of a run that was killed
-    after its last checkpoint, are removed.
+    Between the lines figures stay on the device.
     """
 
     def __init__(self, path: Path, steps: int, start: int):
@@ -1800,9 +1774,8 @@ class Log:
 
 # ---- Checkpoints: plain tensors and values, loaded with weights_only=True ----
 #
-# kind, step, config, recipe (dictionaries), model, ema, optimizer, ... (states), classes (of a
-# Llama) and made_from: data (folder, None: embedded), pictures (their number), preset, dino_file
-# and, for a Llama, tokenizer (file) and tokenizer_hash. Random numbers follow from the seed.
+# kind, step, config, recipe; model, ema, optimizer, ... (states); of a Llama classes; made_from:
+# data (folder, None: embedded), pictures (number), preset, dino_file, tokenizer, tokenizer_hash.
 
 def save_checkpoint(path: Path, data: dict) -> None:
     """Write to a temporary file and move it into place: `path` is the old file or the new one."""
@@ -1835,8 +1808,10 @@ KINDS = {"tokenizer": (TokenizerConfig, HitaTokenizer, "train_tokenizer.py"),
 
 
 def read_checkpoint(path: str | Path, kind: str) -> dict:
-    """A file or released model as a dictionary: "config" is a dataclass, "ema" holds weights under
-    our names. HitaError if there is none, if it would run code, or if it holds something else."""
+    """A file or released model; "config" is a dataclass, "ema" holds weights under our names.
+
+    HitaError if there is none, if it would run code, or if it holds something else.
+    """
     Config, _, script = KINDS[kind]
     if str(path) in RELEASED and not Path(path).exists():
         path = released_file(str(path), kind)
@@ -1878,14 +1853,11 @@ def load_model(path: str | Path, kind: str) -> HitaTokenizer | Llama:
 def load_tokenizer(path: str | Path, dino: str | None = None) -> HitaTokenizer:
     """The EMA weights of a tokenizer, ours or a released one, in eval mode on the CPU.
 
-    path: a file, or prints, hita-v or hita-u. dino: a timm name or weights file of the DINOv2 that
-    encoding needs (one built without ignores it). HitaError if a file is missing or does not fit.
+    path: a file, or prints, hita-v or hita-u. dino: file with the weights of the DINOv2 that
+    encoding needs; those of the Hub adds add_dino. HitaError if a file is missing or does not fit.
     """
     tokenizer = load_model(path, "tokenizer")
-    if dino is not None and tokenizer.cfg.uses_dino:
-        file = dino if Path(dino).is_file() else None
-        tokenizer.attach_dino(load_dino(tokenizer.cfg.dino if file else dino, file))
-    return tokenizer
+    return add_dino(tokenizer, dino) if dino else tokenizer
 
 
 def load_llama(path: str | Path) -> Llama:
@@ -1901,7 +1873,7 @@ def load_llama(path: str | Path) -> Llama:
     return llama
 
 
-def load_dino(name: str, file: str | None = None) -> DINOv2:
+def load_dino(name: str, file: str | Path | None = None) -> DINOv2:
     """A frozen DINOv2 with the weights of a file, or of the Hub. HitaError if there are none."""
     load = partial(torch.load, map_location="cpu", weights_only=True)
     if str(file).endswith(".safetensors"):
@@ -1909,9 +1881,15 @@ def load_dino(name: str, file: str | None = None) -> DINOv2:
     try:
         return DINOv2(name, load(file) if file else None)
     except Exception as e:  # files, network, timm: many kinds
-        raise HitaError(f"cannot load the ViT {name} from {file or 'the Hub'} ({type(e).__name__})"
-                        "; its weights as a file, such as dinov2_vitl14_reg4_pretrain.pth, are "
-                        "given with --dino-file, or with --features NAME FILE") from e
+        raise HitaError(f"cannot load {name} from {file or 'the Hub'} ({type(e).__name__}): give "
+                        "its weights as a file, --dino-file or --features NAME FILE") from e
+
+
+def add_dino(tokenizer: HitaTokenizer, file: str | Path | None = None) -> HitaTokenizer:
+    """The tokenizer with the DINOv2 that it needs, if any: the weights of a file, or the Hub's."""
+    if tokenizer.cfg.uses_dino:
+        tokenizer.attach_dino(load_dino(tokenizer.cfg.dino, file))
+    return tokenizer
 
 
 def as_exported(tensor: Tensor) -> Tensor:
@@ -1933,8 +1911,10 @@ def fingerprint(*parts) -> str:
 
 
 def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str, HitaTokenizer]:
-    """The tokenizer that a Llama belongs to: the flag or else the recorded path or the file beside
-    it, if the weights have the recorded hash. HitaError if none has."""
+    """The tokenizer of a Llama: of the flag, or else of the recorded path or the file beside it.
+
+    HitaError if its weights do not have the recorded hash.
+    """
     wanted, recorded = made_from.get("tokenizer_hash"), made_from.get("tokenizer")
     check(flag == recorded or not {flag, recorded} <= RELEASED.keys(),
           f"this Llama goes with {recorded}, not with {flag}")
@@ -1944,14 +1924,13 @@ def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str
             tokenizer = load_tokenizer(path)
             if wanted in (None, fingerprint(tokenizer)):
                 return path, tokenizer
-    raise HitaError(f"{' and '.join(places)}: not there, or not the tokenizer of this Llama, or "
-                    "trained on since then: name the right one with --tokenizer, or train a Llama "
-                    f"again with python train_ar.py --tokenizer {places[0]} --out NEW_DIR")
+    raise HitaError(f"{places[0]} is not there, or not (any more) the tokenizer of this Llama: "
+                    "name the right one with --tokenizer, or train a Llama on it with python "
+                    f"train_ar.py --tokenizer {places[0]} --out NEW_DIR")
 
 
 def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
-    """The checkpoint that --resume continues, None for a new run. HitaError if the run directory
-    holds a run that would be overwritten."""
+    """The checkpoint that --resume continues, None for a new run. HitaError for a taken place."""
     newest, log = Path(args.out, f"{kind}.pt"), Path(args.out, f"{kind}.jsonl")
     path = Path(args.resume or newest)
     if args.resume is None:
@@ -1959,9 +1938,7 @@ def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
               "it with --resume, or choose another directory with --out")
         return None
     if not args.resume and not newest.exists():
-        if rank() == 0:
-            print(f"there is nothing to resume in {args.out}: a new run starts", flush=True)
-        return None
+        return say(f"there is nothing to resume in {args.out}: a new run starts")
     check(not newest.exists() or not path.exists() or path.samefile(newest), f"{args.out} holds "
           f"another run, or a later step, than {path}: choose another with --out")
     saved = read_checkpoint(path, kind)
@@ -1986,31 +1963,27 @@ def check_resume(saved: dict, cfg, recipe, pictures: int) -> None:
     wrong = [text for name, text in changed.items() if name in fixed]
     check(not wrong, f"{', '.join(wrong)}: that cannot change within a run; leave it as it was in "
                      f"{saved['path']}, or start a new run with another --out")
-    if rank() == 0:
-        done = " (all: for more raise --steps)" if saved["step"] >= recipe.steps else ""
-        listed = "; ".join(["", *changed.values()])
-        print(f"resuming {saved['path']} after step {saved['step']}{done}{listed}", flush=True)
+    done = " (all: for more raise --steps)" if saved["step"] >= recipe.steps else ""
+    listed = "; ".join(["", *changed.values()])
+    say(f"resuming {saved['path']} after step {saved['step']}{done}{listed}")
 
 
-def made_from(args: argparse.Namespace, earlier: dict) -> dict:
-    """What a run is made from: as the flags say, else as in an earlier checkpoint."""
-    flags = vars(args)
-    paths = {name: flags.get(name) or earlier.get(name) for name in ("data", "dino_file")}
-    return {name: path and os.path.abspath(path) for name, path in paths.items()}
+def sources(args: argparse.Namespace, earlier: dict) -> tuple[dict, Path]:
+    """Paths by the flags, or else of an earlier checkpoint -> those to record, that of the pictures.
 
-
-def data_root(args: argparse.Namespace, made_from: dict) -> Path:
-    """The folder of pictures. HitaError if it comes from a checkpoint and is not there any more."""
-    root = made_from["data"]
+    HitaError if pictures of a checkpoint are not there any more.
+    """
+    paths = {name: getattr(args, name) or earlier.get(name) for name in ("data", "dino_file")}
+    paths = {name: path and os.path.abspath(path) for name, path in paths.items()}
+    root = paths["data"]
     check(args.data or not root or Path(root).is_dir(), f"the checkpoint was made from pictures in "
           f"{root}, which is not there now: say where they are with --data")
-    return Path(root) if root else embedded_data()
+    return paths, Path(root) if root else embedded_data()
 
 
 def export(args: argparse.Namespace, kind: str) -> None:
-    """--export: the weights of a run's model in half precision, without its optimizers and paths of
-    this machine."""
-    data, path = read_checkpoint(args.resume or f"{args.out}/{kind}.pt", kind), Path(args.export)
+    """--export: the weights of a run's model in half precision, and no paths of this machine."""
+    data, path = read_checkpoint(f"{args.out}/{kind}.pt", kind), Path(args.export)
     check(not path.exists(), f"{path} exists already: choose another name, or remove it")
     facts = {name: data[name] for name in ("kind", "step", "classes") if name in data}
     facts["ema"] = {name: as_exported(tensor) for name, tensor in data["ema"].items()}
@@ -2059,8 +2032,7 @@ def released_file(name: str, kind: str) -> str:
     except Exception as e:  # network, server, disk: the library raises many kinds
         url = huggingface_hub.hf_hub_url(HUB, RELEASED[name])
         raise HitaError(f"cannot fetch {name} from the Hub ({type(e).__name__}): download {url} "
-                        "elsewhere and name the file (--tokenizer, --llama), or train the demo: "
-                        "python train_tokenizer.py && python train_ar.py") from e
+                        "elsewhere and name the file: --tokenizer, --llama") from e
 
 
 RELEASED_TOKENIZER = {  # part of a name in the released file -> part of ours; order matters
@@ -2094,27 +2066,20 @@ RELEASED_LLAMA = {
 }
 
 
-def rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """The same tensors under our names."""
-    ours = {}
-    for key, tensor in weights.items():
-        for theirs, our in names.items():
-            key = key.replace(theirs, our)
-        ours[key] = tensor
-    return ours
-
-
 def from_released(weights: dict[str, Tensor]) -> dict:
     """A released file's tensors as a checkpoint of ours; strict loading finds what does not fit."""
-    left_out = "backbone", "codebook_used"  # DINOv2, and statistics of use
-    weights = {k: v for k, v in weights.items() if not any(x in k for x in left_out)}
-    if "output.weight" in weights:
-        ours = rename(weights, RELEASED_LLAMA)
+    is_llama, ours = "output.weight" in weights, {}
+    for key, tensor in weights.items():
+        if "backbone" in key or "codebook_used" in key:  # DINOv2, and statistics of use
+            continue
+        for theirs, our in (RELEASED_LLAMA if is_llama else RELEASED_TOKENIZER).items():
+            key = key.replace(theirs, our)
+        ours[key] = tensor
+    if is_llama:
         output = ours.pop("output.weight")  # (2V, dim), both heads
         ours["global_head.weight"], ours["patch_head.weight"] = output.chunk(2)
         size = next(s for s in LLAMA_SIZES.values() if s["dim"] == output.shape[1])
         return {"kind": "llama", "config": LlamaConfig(**size), "ema": ours}
-    ours = rename(weights, RELEASED_TOKENIZER)
     for name in ("patch_down.weight", "patch_up.weight"):
         ours[name] = ours[name].flatten(1)  # there they are 1x1 convolutions
     variant = "hita-u" if "fusion.mask_token" in ours else "hita-v"

@@ -223,8 +223,7 @@ def load(args, device: torch.device) -> tuple[hita.HitaTokenizer, hita.Llama, li
         theirs, ours = getattr(tokenizer.cfg, name), getattr(llama.cfg, name)
         hita.check(theirs == ours, f"{name} is {theirs} in {found} and {ours} in {path}: they do "
                                    "not belong together; name the right --tokenizer")
-    if hita.rank() == 0:
-        print(f"using {path} and {found}", flush=True)
+    hita.say(f"using {path} and {found}")
     tokenizer.to(device, memory_format=torch.channels_last)
 
     # weights in bfloat16 on CUDA, but not the buffers: rotations stay in float32
@@ -296,9 +295,8 @@ def generate(args, device: torch.device, image: Path) -> None:
         if args.single:
             write_single(array, class_ids.tolist(), llama.classes, image)
     seconds = time.time() - start
-    if hita.rank() == 0:
-        print(f"{len(class_ids)} pictures in {seconds:.1f} s ({len(class_ids) / seconds:.2f} "
-              f"images/s): {args.npz or image}")
+    hita.say(f"{len(class_ids)} pictures in {seconds:.1f} s ({len(class_ids) / seconds:.2f} "
+             f"images/s): {args.npz or image}")
 
 
 def write_single(array: np.ndarray, class_ids: list[int], classes: list[str],
@@ -333,10 +331,7 @@ def load_encoder(args, device: torch.device) -> hita.HitaTokenizer:
 
 def with_dino(args, tokenizer: hita.HitaTokenizer) -> hita.HitaTokenizer:
     """The tokenizer with its DINOv2, if it needs one."""
-    if tokenizer.cfg.uses_dino:
-        file = hita.made_from(args, tokenizer.made_from)["dino_file"]
-        tokenizer.attach_dino(hita.load_dino(tokenizer.cfg.dino, file))
-    return tokenizer
+    return hita.add_dino(tokenizer, args.dino_file or tokenizer.made_from.get("dino_file"))
 
 
 def read(paths: list[str], tokenizer: hita.HitaTokenizer, device: torch.device) -> Tensor:

@@ -66,16 +66,15 @@ OF_THE_DATA = (  # no flags of the Llama
 def main():
     # ---- settings: of the checkpoint or else the preset, then the flags
     parser = hita.Parser(__doc__)
-    preset = parser.add_preset(list(RECIPES))
+    parser.add_run(list(RECIPES))
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer checkpoint, prints, "
                         "hita-v or hita-u [tokenizer.pt in the run directory]")
-    parser.add_run()
-    parser.add_settings(hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), skip=OF_THE_DATA)
-    parser.add_settings(RECIPES[preset])
+    parser.add_settings(hita.LlamaConfig(**hita.LLAMA_SIZES["emoji"]), skip=OF_THE_DATA)
+    parser.add_settings(RECIPES["emoji"])
     args = parser.parse_args()
     if args.export:
         return hita.export(args, "llama")
-    saved = hita.find_run(args, "llama", Training)
+    saved, preset = hita.find_run(args, "llama", Training), args.preset or "emoji"
     cfg, recipe = hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), RECIPES[preset]
     if saved and not args.preset:
         cfg, recipe = saved["config"], saved["recipe"]
@@ -92,8 +91,7 @@ def main():
     earlier = saved["made_from"] if saved else {}
     beside = (saved["path"].parent if saved else out) / "tokenizer.pt"
     path, tokenizer = hita.find_tokenizer(earlier, args.tokenizer, beside)
-    made_from = hita.made_from(args, earlier or tokenizer.made_from)
-    root = hita.data_root(args, made_from)
+    made_from, root = hita.sources(args, earlier or tokenizer.made_from)
     train = hita.Pictures(root, "train", tokenizer.cfg.image_size, False, recipe.crop_range,
                           recipe.seed)
     val = hita.validation_pictures(train)
@@ -115,9 +113,8 @@ def main():
     ema = copy.deepcopy(llama).eval().requires_grad_(False)
 
     # ---- all pictures become ids
-    lock = hita.hold(out, "llama")  # until this function ends
-    if tokenizer.cfg.uses_dino:
-        tokenizer.attach_dino(hita.load_dino(tokenizer.cfg.dino, made_from["dino_file"]))
+    out.mkdir(parents=True, exist_ok=True)
+    hita.add_dino(tokenizer, made_from["dino_file"])
     tokenizer.to(device, memory_format=torch.channels_last)
     cache = partial(token_cache, tokenizer=tokenizer, workers=recipe.workers)
     tokens = cache(out / "tokens-train.npy", data=train, copies=recipe.copies)
@@ -145,10 +142,9 @@ def main():
     # ---- the loop; random numbers and data follow from (seed, step)
     log, stop = hita.Log(out / "llama.jsonl", recipe.steps, start), hita.Stop()
     facts = {"classes": train.classes, "made_from": made_from}
-    if hita.rank() == 0:
-        print(f"llama of {sum(p.numel() for p in llama.parameters()) / 1e6:.1f}M parameters, "
-              f"{len(tokens)} rows of ids of {train.root} by {path}, "
-              f"{device} x {hita.world()}\n{cfg}\n{recipe}", flush=True)
+    parameters = sum(p.numel() for p in llama.parameters())
+    hita.say(f"llama of {parameters / 1e6:.1f}M parameters, {len(tokens)} rows of ids of "
+             f"{train.root} by {path}, {device} x {hita.world()}\n{cfg}\n{recipe}")
     for step in range(start + 1, recipe.steps + 1):
         items = hita.batch(step, len(tokens), recipe.batch_size, recipe.seed)
         rows = to_device(tokens[[index for _, index in items]], device)  # (B, 1 + M + N)
@@ -178,13 +174,10 @@ def main():
         if due or stopping or (recipe.keep_every and step % recipe.keep_every == 0):
             hita.save_run(out, "llama", step, cfg, recipe, parts, **facts)
         if stopping:
-            if hita.rank() == 0:
-                print(f"stopped after step {step}: continue with --resume", flush=True)
-            break
+            return hita.say(f"stopped after step {step}: continue with --resume")
         if due:
-            with stop.at_once():
-                log.line(step, evaluate(ema, val_tokens, device, "val" if held_out else "train"))
-                sample_grid(ema, tokenizer, recipe, out / f"llama-{step:06d}.png")
+            log.line(step, evaluate(ema, val_tokens, device, "val" if held_out else "train"))
+            sample_grid(ema, tokenizer, recipe, out / f"llama-{step:06d}.png")
 
 
 @torch.no_grad()
@@ -193,8 +186,8 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, 
     """Rows [class, M global ids, N patch ids] of each picture in `copies` versions, encoded once.
 
     On the disk the first column is class + 1, and 0 where a row is still to be encoded, so an
-    encoding that was interrupted goes on. What cannot be read stays 0 and is left out of the
-    result. A note beside the file says what it was made from; with another note it is made anew.
+    encoding that was interrupted goes on. A note beside the file says what it was made from; with
+    another note it is made anew.
     """
     note, cfg = path.with_suffix(".txt"), tokenizer.cfg
     device = next(tokenizer.parameters()).device
@@ -202,7 +195,7 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, 
         models = [tokenizer, tokenizer.dino] if cfg.uses_dino else [tokenizer]
         source = hita.fingerprint(*models, data.signature(), copies)
         shape = copies * len(data), 1 + cfg.num_global + cfg.grid ** 2
-        if not (known(path, shape) and note.exists() and note.read_text() == source):
+        if not (path.exists() and note.exists() and note.read_text() == source):
             note.unlink(missing_ok=True)
             largest = max(cfg.global_codebook_size, cfg.patch_codebook_size, len(data.classes) + 1)
             dtype = np.uint16 if largest <= 65536 else np.int32
@@ -216,7 +209,6 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, 
     hita.barrier()  # all have seen what is left to do
     blocks = [todo[i:i + 64].tolist() for i in range(0, len(todo), 64)][hita.rank()::hita.world()]
     items = [[divmod(row, len(data)) for row in block] for block in blocks]
-    data.stand_in = False
     loader = DataLoader(data, batch_sampler=items, num_workers=workers)
     progress = tqdm(loader, f"encoding {path.stem}", disable=hita.rank() > 0 or not items,
                     leave=False)
@@ -227,17 +219,7 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, 
         rows[block, 0] = classes.numpy() + 1  # last, so that a row cut short does not look done
     rows.flush()
     hita.barrier()
-    done = rows[:, 0] > 0
-    hita.check(done.any(), f"none of the {len(data)} pictures in {data.root} can be read")
-    return rows if done.all() else rows[done]
-
-
-def known(path: Path, shape: tuple[int, int]) -> bool:
-    """Whether a file is a cache of this shape."""
-    try:
-        return np.load(path, mmap_mode="r").shape == shape
-    except (OSError, ValueError, EOFError):  # missing or damaged
-        return False
+    return rows
 
 
 def to_device(rows: np.ndarray, device: torch.device) -> Tensor:
@@ -258,9 +240,8 @@ def start_from(llama: hita.Llama, path: str, classes: list[str], tokenizer_hash:
     """Fine-tuning: weights of a checkpoint or released model; other classes start anew."""
     data = hita.read_checkpoint(path, "llama")
     known = data["made_from"].get("tokenizer_hash", tokenizer_hash)  # the authors' files have none
-    if known != tokenizer_hash and hita.rank() == 0:
-        print(f"{path} was trained with another tokenizer: to it the ids mean something else",
-              flush=True)
+    if known != tokenizer_hash:
+        hita.say(f"{path} was trained with another tokenizer: to it ids mean something else")
     weights, name = dict(data["ema"]), "class_embedding.weight"
     theirs = data.get("classes", classes)
     if theirs != classes or data["config"].num_classes != len(classes):
@@ -269,8 +250,7 @@ def start_from(llama: hita.Llama, path: str, classes: list[str], tokenizer_hash:
         hita.check(weights[name].shape[1] == own.shape[1], f"{path} has another width than this "
                    "model: give its --preset")
         weights[name] = torch.cat([own[:-1], weights[name][-1:]])
-        if hita.rank() == 0:
-            print(f"{path} has other classes: those here start anew", flush=True)
+        hita.say(f"{path} has other classes: those here start anew")
     hita.load_weights(llama, weights, path)
 
 

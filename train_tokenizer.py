@@ -72,22 +72,21 @@ RECIPES["prints"] = dataclasses.replace(
 def main():
     # ---- settings: of the checkpoint or else the preset, then the flags
     parser = hita.Parser(__doc__)
-    preset = parser.add_preset(list(RECIPES))
-    parser.add_run()
+    parser.add_run(list(RECIPES))
     parser.add_argument("--eval", nargs="?", const="", metavar="FILE", help="evaluate a tokenizer "
                         "on the validation pictures and stop [tokenizer.pt in the run directory]; "
                         "whether they can be recognised a classifier outside this project says")
     parser.add_argument("--npz", metavar="PREFIX", help="with --eval: write "
                         "PREFIX-originals.npz and PREFIX-reconstructions.npz")
-    parser.add_settings(hita.TOKENIZERS[preset])
-    parser.add_settings(RECIPES[preset])
+    parser.add_settings(hita.TOKENIZERS["emoji"])
+    parser.add_settings(RECIPES["emoji"])
     args = parser.parse_args()
     hita.check(not args.npz or args.eval is not None, "--npz is for --eval")
     if args.eval is not None:
         return evaluate_checkpoint(args)
     if args.export:
         return hita.export(args, "tokenizer")
-    saved = hita.find_run(args, "tokenizer", Training)
+    saved, preset = hita.find_run(args, "tokenizer", Training), args.preset or "emoji"
     cfg, recipe = hita.TOKENIZERS[preset], RECIPES[preset]
     if saved and not args.preset:
         cfg, recipe = saved["config"], saved["recipe"]
@@ -101,8 +100,7 @@ def main():
     device = hita.set_up_device(args.device)
     torch.backends.cudnn.benchmark = True
     earlier = saved["made_from"] if saved else {}
-    made_from = hita.made_from(args, earlier)
-    root = hita.data_root(args, made_from)
+    made_from, root = hita.sources(args, earlier)
     train = hita.Pictures(root, "train", cfg.image_size, True, recipe.crop_range, recipe.seed)
     val = hita.validation_pictures(train)
     made_from |= {"pictures": len(train), "preset": args.preset or earlier.get("preset", preset)}
@@ -115,9 +113,7 @@ def main():
     tokenizer.to(device, memory_format=torch.channels_last)
     discriminator.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
-    if cfg.uses_dino:
-        tokenizer.attach_dino(hita.load_dino(cfg.dino, made_from["dino_file"]))
-        ema.attach_dino(tokenizer.dino)
+    ema.attach_dino(hita.add_dino(tokenizer, made_from["dino_file"]).dino)
     perceptual = hita.PerceptualLoss().to(device) if recipe.lpips_weight else None
 
     # ---- optimizers; what is saved is what has a state
@@ -136,16 +132,15 @@ def main():
 
     # ---- the loop; random numbers and data follow from (seed, step)
     out = Path(args.out)
-    lock = hita.hold(out, "tokenizer")  # until this function ends
+    out.mkdir(parents=True, exist_ok=True)
     log, stop = hita.Log(out / "tokenizer.jsonl", recipe.steps, start), hita.Stop()
     todo = range(start + 1, recipe.steps + 1)
     order = (hita.batch(step, len(train), recipe.batch_size, recipe.seed) for step in todo)
     loader = DataLoader(train, batch_sampler=order, num_workers=recipe.workers,
                         worker_init_fn=hita.ignore_signals, pin_memory=device.type == "cuda")
-    if hita.rank() == 0:
-        print(f"tokenizer of {sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f}M parameters"
-              f", {len(train)} pictures in {train.root}, {device} x {hita.world()}\n"
-              f"{cfg}\n{recipe}", flush=True)
+    parameters = sum(p.numel() for p in tokenizer.parameters())
+    hita.say(f"tokenizer of {parameters / 1e6:.1f}M parameters, {len(train)} pictures in "
+             f"{train.root}, {device} x {hita.world()}\n{cfg}\n{recipe}")
     for step, (images, _) in zip(todo, loader):
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         hita.seed_step(recipe.seed, step)
@@ -187,13 +182,10 @@ def main():
         if due or stopping or (recipe.keep_every and step % recipe.keep_every == 0):
             hita.save_run(out, "tokenizer", step, cfg, recipe, parts, made_from=made_from)
         if stopping:
-            if hita.rank() == 0:
-                print(f"stopped after step {step}: continue with --resume", flush=True)
-            break
+            return hita.say(f"stopped after step {step}: continue with --resume")
         if due:
-            with stop.at_once():
-                picture = out / f"tokenizer-{step:06d}.png"
-                log.line(step, evaluate(ema, val, picture, recipe.workers))
+            picture = out / f"tokenizer-{step:06d}.png"
+            log.line(step, evaluate(ema, val, picture, recipe.workers))
 
 
 def generator_losses(images: Tensor, result: hita.TokenizerOutput, recipe: Training,
@@ -241,8 +233,8 @@ def start_from(tokenizer: hita.HitaTokenizer, discriminator: nn.Module, path: st
     hita.load_weights(tokenizer, data["ema"], path)
     if "main.0.weight" in data.get("discriminator", {}):
         hita.load_weights(discriminator, data["discriminator"], path)
-    elif hita.rank() == 0:
-        print(f"{path} has no PatchGAN discriminator: a new one starts", flush=True)
+    else:
+        hita.say(f"{path} has no PatchGAN discriminator: a new one starts")
 
 
 @torch.no_grad()
@@ -317,10 +309,9 @@ def evaluate_checkpoint(args) -> None:
     device, workers = hita.set_up_device(args.device), getattr(args, "workers", 0)
     hita.check(hita.world() == 1, "--eval works in one process: leave out torchrun")
     tokenizer = hita.load_tokenizer(path).to(device, memory_format=torch.channels_last)
-    made_from, cfg = hita.made_from(args, tokenizer.made_from), tokenizer.cfg
-    if cfg.uses_dino:
-        tokenizer.attach_dino(hita.load_dino(cfg.dino, made_from["dino_file"]))
-    train = hita.Pictures(hita.data_root(args, made_from), "train", cfg.image_size)
+    (made_from, root), cfg = hita.sources(args, tokenizer.made_from), tokenizer.cfg
+    hita.add_dino(tokenizer, made_from["dino_file"])
+    train = hita.Pictures(root, "train", cfg.image_size)
     val, perceptual = hita.validation_pictures(train), None
     try:
         if getattr(args, "lpips_weight", 1):
