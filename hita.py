@@ -1881,8 +1881,9 @@ def load_dino(name: str, file: str | Path | None = None) -> DINOv2:
     try:
         return DINOv2(name, load(file) if file else None)
     except Exception as e:  # files, network, timm: many kinds
-        raise HitaError(f"cannot load {name} from {file or 'the Hub'} ({type(e).__name__}): give "
-                        "its weights as a file, --dino-file or --features NAME FILE") from e
+        raise HitaError(f"cannot load {name} from {file or 'the Hub'} ({type(e).__name__}): name "
+                        "a file, such as dinov2_vitl14_reg4_pretrain.pth, with --dino-file, or "
+                        "with --features NAME FILE") from e
 
 
 def add_dino(tokenizer: HitaTokenizer, file: str | Path | None = None) -> HitaTokenizer:
@@ -1969,7 +1970,7 @@ def check_resume(saved: dict, cfg, recipe, pictures: int) -> None:
 
 
 def sources(args: argparse.Namespace, earlier: dict) -> tuple[dict, Path]:
-    """Paths by the flags, or else of an earlier checkpoint -> those to record, that of the pictures.
+    """Paths by the flags or else a checkpoint -> those to record, that of the pictures.
 
     HitaError if pictures of a checkpoint are not there any more.
     """

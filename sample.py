@@ -1,10 +1,8 @@
 """Generate pictures of a class with a trained Llama and its tokenizer, yours or the authors'.
 
     python sample.py --class face-happy flag clock     grids of eight, with the models in out/
-    python sample.py --class 3 flag weather --num 16   several classes, one after another
-    python sample.py --class fruit --cfg-scale 3 --top-k 200 --top-p 0.95 --seed 7 --single
-    python sample.py --list                            the released models
-    python sample.py --llama hita-u-l-250e --class 207 "tabby"
+    python sample.py --class 3 --num 16 --cfg-scale 3 --top-k 200 --top-p 0.95 --seed 7 --single
+    python sample.py --llama hita-u-l-250e --class 207 "tabby"       a released model
 
     python sample.py --reconstruct a.jpg b.png         pictures beside their reconstructions
     python sample.py --style a.jpg b.jpg c.jpg         patch tokens of each, globals of each
@@ -16,15 +14,13 @@
 
 Where nothing has been trained, prints, a small pair in data/, draws the embedded classes, and a
 released model, which is downloaded, those of ImageNet. The random numbers of a picture follow from
-(seed, class, its number): the pictures of --num 4 are the first of --num 8. In float32 that is so
-to the bit; in bfloat16, on GPUs, rounding differs with the batch.
+(seed, class, its number): the pictures of --num 4 are the first of --num 8.
 """
 
 import difflib
 import os
 import re
 import time
-import unicodedata
 from functools import partial
 from pathlib import Path
 
@@ -110,8 +106,6 @@ def parse_args():
     hita.check(args.style or not args.styles, "--from is for --style")
     hita.check(not args.count or args.npz, "--count needs --npz FILE")
     hita.check(not args.complete or args.classes, "--complete needs --class: one, or one for each")
-    many = (args.complete or args.keep_globals) and args.num > CHUNK
-    hita.check(not many, f"--num is {args.num}, with this use at most {CHUNK}")
     return args
 
 
@@ -132,49 +126,27 @@ def main():
     if use == "samples":
         return generate(args, device, image)
     pictures, columns = uses[use](args, device)
-    save_grid(args, pictures, columns, image)
+    hita.picture_grid(pictures, columns).save(image)
     print(image)
 
 
 def check_writable(image: Path) -> None:
     """HitaError, before any work is done, if a picture cannot be written there."""
-    writable = Image.registered_extensions().get(image.suffix.lower()) in Image.SAVE
-    try:
-        image.parent.mkdir(parents=True, exist_ok=True)
-        place = image if image.exists() else image.parent
-        writable = writable and os.access(place, os.W_OK) and not image.is_dir()
-    except OSError:
-        writable = False
-    hita.check(writable, f"--image {image} cannot be written: choose another place, and a name "
-               "that ends in .png")
-
-
-def save_grid(args, pictures: Tensor, columns: int, image: Path) -> None:
-    """Write a grid; where that fails after all, it is kept in the run directory."""
-    grid = hita.picture_grid(pictures, columns)
-    try:
-        grid.save(image)
-    except Exception as e:  # a disk, or a limit of the kind
-        kept = Path(args.out) / f"kept-{time.time():.0f}.png"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(kept)
-        raise hita.HitaError(f"cannot write {image} ({hita.first_line(e)}); the pictures are in "
-                             f"{kept}") from e
+    image.parent.mkdir(parents=True, exist_ok=True)
+    known = Image.registered_extensions().get(image.suffix.lower()) in Image.SAVE
+    place = image if image.exists() else image.parent
+    hita.check(known and os.access(place, os.W_OK) and not image.is_dir(), f"--image {image} "
+               "cannot be written: choose another place, and a name that ends in .png")
 
 
 def default_llama(args) -> str:
-    """What was trained in the run directory, else prints for the embedded classes or where none is
-    named, else a model of ImageNet's. HitaError for a name that neither has."""
+    """What was trained in the run directory; else by the classes ImageNet's model or prints."""
     own = Path(args.out) / "llama.pt"
     if own.exists() or args.out != "out":
         return str(own)
-    prints = hita.read_checkpoint("prints", "llama")["classes"]
-    names = [word for word in args.classes or [] if not re.fullmatch(r"-?\d+", word)]
-    found = class_indices(names, prints + list(dict.fromkeys(hita.IMAGENET)))  # some occur twice
-    numbers = len(args.classes or []) - len(names)
-    theirs = numbers + sum(i >= len(prints) for i in found)
-    hita.check(theirs in (0, numbers + len(found)), "some of these classes are drawn by prints and "
-               f"others by {IMAGENET}: ask for them one after the other")
+    names = {name.lower() for name in hita.IMAGENET}
+    asked = [word.lower().replace("_", " ") for word in args.classes or []]
+    theirs = [word for word in asked if word in names or re.fullmatch(r"-?\d+", word)]
     return IMAGENET if theirs else "prints"
 
 
@@ -187,24 +159,20 @@ def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
         count = min(12, len(names))
         return [i * len(names) // count for i in range(count)]
     hint = "" if len(names) >= 1000 else f"; for ImageNet's 1,000 add --llama {IMAGENET}"
-    names = [unicodedata.normalize("NFC", name) for name in names]
     plain = [name.lower().replace("_", " ") for name in names]
     indices = []
-    for word in (unicodedata.normalize("NFC", word) for word in asked):
+    for word in asked:
         typed = word.lower().replace("_", " ")
         same = [i for i, name in enumerate(names) if name == word]
         same = same or [i for i, name in enumerate(plain) if name == typed]
-        several = ", ".join(f"{i} ({names[i]})" for i in same)
-        hita.check(len(same) < 2, f"several classes are called {word}; choose by index: {several}")
+        hita.check(len(same) < 2, f"several classes are called {word}; choose by index: {same}")
         if not same and re.fullmatch(r"-?\d+", word):
             hita.check(0 <= int(word) < len(names), f"class {word} is out of range, this model has "
                                                     f"classes 0 to {len(names) - 1}{hint}")
             same = [int(word)]
-        if not same:
-            near = difflib.get_close_matches(typed, plain, n=3, cutoff=0.4) or plain[:3]
-            near += [name for name in plain if typed in name.split() and name not in near][:3]
-            raise hita.HitaError(f"no class is called {word}; near it: {', '.join(near)} "
-                                 f"(of {len(names)} classes{hint})")
+        near = difflib.get_close_matches(typed, plain, n=5, cutoff=0.4) or plain[:5]
+        hita.check(same, f"no class is called {word}; near it: {', '.join(near)} (of {len(names)} "
+                         f"classes{hint})")
         indices += same
     return indices
 
@@ -221,8 +189,8 @@ def load(args, device: torch.device) -> tuple[hita.HitaTokenizer, hita.Llama, li
     found, tokenizer = hita.find_tokenizer(llama.made_from, args.tokenizer, beside)
     for name in ("num_global", "grid", "global_codebook_size", "patch_codebook_size"):
         theirs, ours = getattr(tokenizer.cfg, name), getattr(llama.cfg, name)
-        hita.check(theirs == ours, f"{name} is {theirs} in {found} and {ours} in {path}: they do "
-                                   "not belong together; name the right --tokenizer")
+        hita.check(theirs == ours, f"{name} is {theirs} in {found} and {ours} in {path}: name the "
+                                   "right --tokenizer")
     hita.say(f"using {path} and {found}")
     tokenizer.to(device, memory_format=torch.channels_last)
 
@@ -291,27 +259,22 @@ def generate(args, device: torch.device, image: Path) -> None:
     if args.npz:
         hita.pack_pictures(Path(args.npz), array, class_ids.numpy())
     else:
-        save_grid(args, torch.from_numpy(array).permute(0, 3, 1, 2), args.num, image)
+        hita.picture_grid(torch.from_numpy(array).permute(0, 3, 1, 2), args.num).save(image)
         if args.single:
-            write_single(array, class_ids.tolist(), llama.classes, image)
+            write_single(array, [llama.classes[c] for c in class_ids], image.with_suffix(""))
     seconds = time.time() - start
     hita.say(f"{len(class_ids)} pictures in {seconds:.1f} s ({len(class_ids) / seconds:.2f} "
              f"images/s): {args.npz or image}")
 
 
-def write_single(array: np.ndarray, class_ids: list[int], classes: list[str],
-                 image: Path) -> None:
-    """Each picture as <class>-<number>.png in a folder beside the grid, instead of the files of
-    such names that were there."""
-    folder = image.with_suffix("")
+def write_single(array: np.ndarray, names: list[str], folder: Path) -> None:
+    """Each picture as <number>-<class>.png, instead of what was there under such names."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [re.sub(r"[^\w.-]", "_", name)[:60] for name in classes]  # that do not lead elsewhere
-    for file in folder.glob("*-*.png"):
-        name, number = file.stem.rsplit("-", 1)
-        if name in names and re.fullmatch(r"\d{4,}", number):
-            file.unlink()
-    for i, (pixels, c) in enumerate(zip(array, class_ids)):
-        Image.fromarray(pixels).save(folder / f"{names[c]}-{i:04d}.png")
+    for old in folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png"):
+        old.unlink()
+    for i, (pixels, name) in enumerate(zip(array, names)):
+        name = re.sub(r"[^\w.-]", "_", name)[:60]  # that does not lead elsewhere
+        Image.fromarray(pixels).save(folder / f"{i:05d}-{name}.png")
 
 
 # ---- Uses of pictures that you have; each gives (pictures, columns of the grid)
@@ -319,19 +282,13 @@ def write_single(array: np.ndarray, class_ids: list[int], classes: list[str],
 def load_encoder(args, device: torch.device) -> hita.HitaTokenizer:
     """The tokenizer alone, with the DINOv2 that encoding needs."""
     own, llama = Path(args.out) / "tokenizer.pt", Path(args.out) / "llama.pt"
-    path = args.tokenizer or (str(own) if own.exists() or args.out != "out" else "prints")
+    path, made_from = own if own.exists() or args.out != "out" else "prints", {}
     if not args.tokenizer and not own.exists() and llama.exists():  # its tokenizer is elsewhere
         made_from = hita.read_checkpoint(llama, "llama")["made_from"]
-        path, tokenizer = hita.find_tokenizer(made_from, None, own)
-    else:
-        tokenizer = hita.load_tokenizer(path)
+    path, tokenizer = hita.find_tokenizer(made_from, args.tokenizer, path)
     print(f"using {path}", flush=True)
-    return with_dino(args, tokenizer).to(device, memory_format=torch.channels_last)
-
-
-def with_dino(args, tokenizer: hita.HitaTokenizer) -> hita.HitaTokenizer:
-    """The tokenizer with its DINOv2, if it needs one."""
-    return hita.add_dino(tokenizer, args.dino_file or tokenizer.made_from.get("dino_file"))
+    hita.add_dino(tokenizer, args.dino_file or tokenizer.made_from.get("dino_file"))
+    return tokenizer.to(device, memory_format=torch.channels_last)
 
 
 def read(paths: list[str], tokenizer: hita.HitaTokenizer, device: torch.device) -> Tensor:
@@ -374,7 +331,8 @@ def complete(args, device: torch.device) -> tuple[Tensor, int]:
     tokenizer, llama, chosen = load(args, device)
     hita.check(len(chosen) in (1, len(args.complete)), f"{len(chosen)} classes for "
                f"{len(args.complete)} pictures; --class wants one, or one for each")
-    cfg, images = with_dino(args, tokenizer).cfg, read(args.complete, tokenizer, device)
+    hita.add_dino(tokenizer, args.dino_file or tokenizer.made_from.get("dino_file"))
+    cfg, images = tokenizer.cfg, read(args.complete, tokenizer, device)
     hita.check(cfg.grid > 1, "this tokenizer has one row of patches: there is nothing to complete")
     lines = round(args.keep * cfg.grid)  # rows of cells that are given
     hita.check(0 < lines < cfg.grid, f"--keep {args.keep} gives {lines} of {cfg.grid} rows of "
@@ -436,17 +394,16 @@ def print_distance(args, device: torch.device) -> None:
 
 def picture_set(source: str) -> list[str] | np.ndarray:
     """The picture files below a folder, or the uint8 pictures (n, H, W, 3) of an .npz file."""
-    hita.check(Path(source).exists(), f"there is neither a folder nor a file {source}")
-    if Path(source).is_dir():
-        pictures = list(hita.picture_files(source))
-    else:
-        try:
+    try:
+        if Path(source).is_dir():
+            pictures = list(hita.picture_files(source))
+        else:
             pictures = np.load(source, allow_pickle=False)["arr_0"]
-        except Exception as e:  # numpy and zipfile raise many kinds
-            raise hita.HitaError(f"{source} is no .npz file with pictures under arr_0") from e
-        hita.check(pictures.dtype == np.uint8 and pictures.ndim == 4, f"{source} holds "
-                   f"{pictures.dtype} of shape {pictures.shape}, expected uint8 (n, H, W, 3)")
-    hita.check(len(pictures) > 1, f"{source} has {len(pictures)} pictures, two are needed")
+            hita.check(pictures.dtype == np.uint8 and pictures.ndim == 4, "other arrays")
+        hita.check(len(pictures) > 1, "too few")
+    except Exception as e:  # numpy and zipfile raise many kinds
+        raise hita.HitaError(f"{source} is neither a folder with two pictures or more nor an .npz "
+                             "file that holds them, uint8 (n, H, W, 3), under arr_0") from e
     return pictures
 
 

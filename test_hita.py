@@ -116,7 +116,7 @@ def ids(*shape: int) -> torch.Tensor:
     ("tokenizer encodes", [(2, 3, 16, 16)], [(2, 6), (2, 16)]),
     ("tokenizer decodes", [ids(2, 6), ids(2, 16)], [(2, 3, 16, 16)]),
     ("tokenizer without globals", [(2, 3, 16, 16)], [(2, 3, 16, 16), (), (2, 0), (2, 16)]),
-    ("discriminator", [(2, 3, 64, 64)], [(2, 1, 6, 6)]),
+    ("discriminator", [(1, 3, 336, 336)], [(1, 1, 40, 40)]),
     ("llama", [ids(2), ids(2, 6), ids(2, 16)], [(2, 6, 32), (2, 16, 32)]),
     ("llama without globals", [ids(2), ids(2, 0), ids(2, 16)], [(2, 0, 32), (2, 16, 32)]),
     ("llama with 64 global codes", [ids(2), ids(2, 6), ids(2, 16)], [(2, 6, 64), (2, 16, 32)]),
@@ -146,54 +146,36 @@ def test_shapes(part, inputs, outputs, small_dino):
     assert [tuple(x.shape) for x in out] == outputs
 
 
-@pytest.mark.parametrize("preset, parameters, tensors", [
-    ("hita-v", 104_240_839, 499), ("hita-u", 104_767_687, 504)])
-def test_shapes_of_the_released_tokenizer_presets(preset, parameters, tensors):
+@pytest.mark.parametrize("preset, parameters", [
+    ("hita-v", 104_240_839), ("hita-u", 104_767_687), ("B", 136_152_576), ("L", 376_596_480),
+    ("XL", 816_806_400), ("XXL", 1_461_500_928), ("2B", 2_251_549_440)])
+def test_shapes_of_the_released_models(preset, parameters):
     with torch.device("meta"):
-        tokenizer = hita.HitaTokenizer(hita.TOKENIZERS[preset])
-        assert count(tokenizer) == parameters and len(tokenizer.state_dict()) == tensors
-        assert tokenizer.patch_quantizer.codebook.shape == (16384, 8)
-        assert tokenizer.global_quantizer.codebook.shape == (16384, 12)
-        out = tokenizer.extractor(torch.empty(2, 512, 21, 21), torch.empty(2, 257, 1024))
-        assert [x.shape for x in out] == [(2, 128, 512), (2, 441, 512)]
+        model = released_model(preset)
+        assert count(model) == parameters
+        if preset in hita.TOKENIZERS:
+            out = model.extractor(torch.empty(2, 512, 21, 21), torch.empty(2, 257, 1024))
+            assert [x.shape for x in out] == [(2, 128, 512), (2, 441, 512)]
+        else:
+            x = model.backbone(torch.empty(1, 569, model.cfg.dim), torch.arange(569))
+            assert x.shape == (1, 569, model.cfg.dim)
 
 
-@pytest.mark.parametrize("size, parameters", [
-    ("B", 136_152_576), ("L", 376_596_480), ("XL", 816_806_400), ("XXL", 1_461_500_928),
-    ("2B", 2_251_549_440)])
-def test_shapes_of_the_released_llama_presets(size, parameters):
-    with torch.device("meta"):
-        llama = hita.Llama(hita.LlamaConfig(**hita.LLAMA_SIZES[size]))
-        assert count(llama) == parameters
-        x = llama.backbone(torch.empty(1, 569, llama.cfg.dim), torch.arange(569))
-        assert x.shape == (1, 569, llama.cfg.dim)
-
-
-def test_shapes_of_the_released_discriminator():
-    D = hita.PatchDiscriminator()
-    assert count(D) == 2_765_633 and D(torch.zeros(1, 3, 336, 336)).shape == (1, 1, 40, 40)
+def released_model(preset: str) -> nn.Module:
+    if preset in hita.TOKENIZERS:
+        return hita.HitaTokenizer(hita.TOKENIZERS[preset])
+    return hita.Llama(hita.LlamaConfig(**hita.LLAMA_SIZES[preset]))
 
 
 # ---- settings ----------------------------------------------------------------
 
 @pytest.mark.parametrize("changes", [
     dict(k=7), dict(image_size=18), dict(num_global=0, k=2), dict(heads=3), dict(channels=6),
-    dict(vfm_recon=True)])
-def test_contradictory_tokenizer_settings_are_refused(changes):
-    with pytest.raises(hita.HitaError):
-        dataclasses.replace(TINY, **changes)
-
-
-@pytest.mark.parametrize("changes", [
-    dict(patch_codebook_size=0), dict(k=-1), dict(beta=-1.0), dict(dropout=1.0), dict(layers=-1),
-    dict(beta=float("nan")), dict(channel_mult=(1, 0))])
-def test_numbers_out_of_range_are_refused(changes):
+    dict(vfm_recon=True), dict(patch_codebook_size=0), dict(k=-1), dict(beta=-1.0), dict(layers=-1),
+    dict(dropout=1.0), dict(beta=float("nan")), dict(channel_mult=(1, 0))])
+def test_settings_that_contradict_or_are_out_of_range_are_refused(changes):
     with pytest.raises(hita.HitaError, match=next(iter(changes))):
         hita.check_numbers(dataclasses.replace(TINY, **changes))
-
-
-def test_a_first_level_may_be_wider_than_the_channels():
-    assert tiny(channel_mult=(2, 2, 4))(torch.zeros(1, 3, 16, 16)).recon.shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize("config, files", [
@@ -307,9 +289,10 @@ def test_quantizer_revives_unused_codes_and_then_uses_them():
 def test_quantizer_counts_hits_over_all_processes(monkeypatch):
     vq = hita.RevivingQuantizer(64, 4)
     vq.hits.fill_(1.0)
+    monkeypatch.setattr(vq, "revive", lambda z: None)
     monkeypatch.setattr(hita, "all_sum", lambda x: 2 * x)  # as if there were two that did the same
     vq(torch.randn(1, 10, 4))
-    assert vq.hits.sum().item() == pytest.approx(64 * 0.9 + 20)
+    assert vq.hits.sum().item() == 64 + 20
 
 
 def test_another_quantizer_needs_two_methods_only(monkeypatch):
@@ -471,14 +454,14 @@ def test_tokenizer_works_in_half_precision(dtype, small_dino):
                for a, b in zip(tokenizer.encode(images.to(dtype)), found))
     recon = tokenizer.decode(*found)
     assert recon.dtype == dtype and (recon - expected).abs().max() < 0.1 * expected.std()
-    with pytest.raises(hita.HitaError, match="float32.*weights"):
+    with pytest.raises(hita.HitaError, match="float32.*float16"):
         tokenizer.encode(images)
 
 
 @pytest.mark.parametrize("images, message", [
     (Image.new("RGB", (16, 16)), "load_picture"), ("cat.jpg", "load_picture"),
     (ids(1, 3, 16, 16).byte(), "127.5"), (torch.full((1, 3, 16, 16), 200.0), "200"),
-    (torch.zeros(3, 16, 16), "shape"), (torch.zeros(1, 3, 16, 18), "multiples"),
+    (torch.zeros(3, 16, 16), r"\(B, 3, H, W\)"), (torch.zeros(1, 3, 16, 18), "divisible by 4"),
     (torch.zeros(1, 3, 16, 16).double(), "float64.*float32")])
 def test_tokenizer_says_what_it_cannot_encode(images, message):
     with pytest.raises(hita.HitaError, match=message):
@@ -497,17 +480,27 @@ def test_position_tables_are_read_row_by_row():
     assert (wide.diff(dim=1) > 0).all() and wide.diff(dim=0).mean() == pytest.approx(4, abs=0.2)
 
 
+def overfit(model: nn.Module, lr: float, steps: int, losses) -> list[float]:
+    """The first of the losses after each step; their sum is minimised."""
+    optimizer, found = torch.optim.AdamW(model.parameters(), lr), []
+    for _ in range(steps):
+        terms = losses()
+        optimizer.zero_grad()
+        sum(terms).backward()
+        optimizer.step()
+        found.append(terms[0].item())
+    return found
+
+
 def test_tokenizer_overfits_two_pictures():
     tokenizer = tiny(dropout=0.0, revive_codes=True).train()
     images = F.interpolate(torch.rand(2, 3, 4, 4) * 2 - 1, 16)
-    optimizer, rec = torch.optim.Adam(tokenizer.parameters(), 3e-3), []
-    for _ in range(120):
+
+    def losses():
         out = tokenizer(images)
-        loss = hita.reconstruction_loss(images, out.recon)
-        optimizer.zero_grad()
-        (loss + out.codebook_loss).backward()
-        optimizer.step()
-        rec.append(loss.item())
+        return hita.reconstruction_loss(images, out.recon), out.codebook_loss
+
+    rec = overfit(tokenizer, 3e-3, 120, losses)
     assert rec[-1] < 0.3 * rec[0]
 
 
@@ -516,7 +509,7 @@ def test_tokenizer_overfits_two_pictures():
 def test_dino_is_frozen_and_in_no_checkpoint(small_dino):
     tokenizer = tiny(dino=VIT, dino_dim=384, vfm_recon=True)
     images = torch.rand(1, 3, 16, 16) * 2 - 1
-    with pytest.raises(hita.HitaError, match="dino="):
+    with pytest.raises(hita.HitaError, match="add_dino"):
         tokenizer.encode(images)
     plain = count(tokenizer), set(tokenizer.state_dict())
     tokenizer.attach_dino(small_dino)
@@ -659,20 +652,12 @@ def test_llama_steps_in_bfloat16_stay_near_the_float32_forward():
     assert (cached - full).abs().max() < 0.1 * full.std() and not torch.equal(cached, full)
 
 
-def test_llama_step_can_be_traced_as_a_whole_and_draws_the_same():
-    llama = tiny_llama()
-    draw = lambda: torch.cat(llama.generate(torch.arange(5), 2.0, seed=1), dim=1)
-    plain = draw()
-    llama.step = torch.compile(llama.step, backend="eager", fullgraph=True)
-    assert torch.equal(draw(), plain)
-
-
-def test_llama_compiled_reads_a_growing_part_of_the_cache_and_draws_the_same():
-    llama = tiny_llama(num_global=0, grid=12, layers=1)  # 144 tokens: 128, then all
-    draw = lambda: llama.generate(torch.arange(2), seed=1)[1]
-    plain, lengths, step = draw(), [], torch.compile(llama.step, fullgraph=True)
+def test_llama_step_can_be_traced_as_a_whole_reads_a_growing_part_of_the_cache_draws_the_same():
+    llama, lengths = tiny_llama(grid=12, layers=1), []  # 6 + 144 tokens: 128, then all
+    draw = lambda: torch.cat(llama.generate(torch.arange(2), 2.0, seed=1), dim=1)
+    plain, step = draw(), torch.compile(llama.step, backend="eager", fullgraph=True)
     llama.step = lambda *args: lengths.append(args[-1]) or step(*args)
-    assert torch.equal(draw(), plain) and lengths == [128] * 128 + [144] * 16
+    assert torch.equal(draw(), plain) and lengths == [128] * 128 + [150] * 22
 
 
 @CUDA
@@ -777,15 +762,9 @@ def test_llama_drops_class_labels_at_the_given_rate_while_training_only():
 
 def test_llama_overfits_two_batches():
     config = dataclasses.replace(TINY_LLAMA, dropout=0.0, token_dropout=0.0, class_dropout=0.0)
-    llama = hita.Llama(config)
-    optimizer, found = torch.optim.AdamW(llama.parameters(), 1e-2), []
-    class_ids, g, p = tiny_ids(4)
-    for _ in range(150):
-        loss = sum(hita.llama_losses(*llama(class_ids, g, p), g, p))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        found.append(loss.item())
+    llama, (class_ids, g, p) = hita.Llama(config), tiny_ids(4)
+    found = overfit(llama, 1e-2, 150, lambda: [
+        sum(hita.llama_losses(*llama(class_ids, g, p), g, p))])
     assert found[0] == pytest.approx(2 * np.log(32), abs=1e-4)  # zero heads: uniform
     assert found[-1] < 0.7
 
@@ -885,44 +864,31 @@ def test_checkpoints_come_back_the_same(tmp_path):
     assert all(map(torch.equal, llama(c, g, p), llama2(c, g, p)))
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda good: {"some": 1}, "no checkpoint"),
-    (lambda good: {**good, "kind": "tokenizer"}, "cannot|no checkpoint|holds a tokenizer"),
-    (lambda good: {**good, "config": {"colour": "red"}}, "no checkpoint"),
-    (lambda good: {**good, "config": good["config"] | dict(dim="wide")}, "no checkpoint"),
-    (lambda good: {**good, "config": good["config"] | dict(heads=-1)}, "heads"),
-    (lambda good: {**good, "ema": {"extra": torch.zeros(1), **good["ema"]}}, "extra"),
-    (lambda good: {**good, "ema": {**good["ema"], "norm.weight": torch.zeros(3)}}, "norm.weight"),
-    (lambda good: {**good, "ema": {k: v for k, v in good["ema"].items() if k != "norm.weight"}},
-     "norm.weight")])
-def test_checkpoints_that_do_not_fit_are_refused_with_a_reason(change, message, tmp_path):
-    save_tiny(tmp_path)
-    good = torch.load(tmp_path / "llama.pt", weights_only=True)
-    torch.save(change(good), tmp_path / "x.pt")
-    with pytest.raises(hita.HitaError, match=message):
-        hita.load_llama(tmp_path / "x.pt")
-
-
-def test_checkpoints_that_are_missing_cut_or_of_another_kind_are_refused(tmp_path):
-    save_tiny(tmp_path)
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "llama.pt").read_bytes()[:1000])
-    (tmp_path / "empty.pt").touch()
-    for name, message in (("nothing.pt", "train_ar.py"), ("cut.pt", "no checkpoint"),
-                          ("empty.pt", "no checkpoint"), ("tokenizer.pt", "holds a tokenizer")):
-        with pytest.raises(hita.HitaError, match=message):
-            hita.load_llama(tmp_path / name)
-
-
 class Malicious:
     def __reduce__(self):
         return os.system, ("echo ran > ran.txt",)
 
 
-def test_checkpoints_that_would_run_code_are_refused(tmp_path, monkeypatch):
+def test_checkpoints_that_do_not_fit_or_would_run_code_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"ema": {}, "args": Malicious()}, "evil.pt")
-    with pytest.raises(hita.HitaError, match="safely"):
-        hita.load_tokenizer("evil.pt")
+    save_tiny(tmp_path)
+    Path("cut.pt").write_bytes(Path("llama.pt").read_bytes()[:1000])
+    good = torch.load("llama.pt", weights_only=True)
+    ema, config = good["ema"], good["config"]
+    for name, content, message in (
+            ("nothing.pt", None, "train_ar.py"), ("cut.pt", None, "no checkpoint"),
+            ("tokenizer.pt", None, "holds a tokenizer"), ("x.pt", {"some": 1}, "no checkpoint"),
+            ("x.pt", {"ema": {}, "args": Malicious()}, "safely"),
+            ("x.pt", {**good, "config": {"colour": "red"}}, "no checkpoint"),
+            ("x.pt", {**good, "config": config | dict(dim="wide")}, "no checkpoint"),
+            ("x.pt", {**good, "config": config | dict(heads=-1)}, "heads"),
+            ("x.pt", {**good, "ema": {"extra": torch.zeros(1), **ema}}, "extra"),
+            ("x.pt", {**good, "ema": {**ema, "norm.weight": torch.zeros(3)}}, "norm.weight"),
+            ("x.pt", {**good, "ema": {k: ema[k] for k in list(ema)[:-1]}}, list(ema)[-1])):
+        if content:
+            torch.save(content, name)
+        with pytest.raises(hita.HitaError, match=message):
+            hita.load_llama(name)
     assert not Path("ran.txt").exists()
 
 
@@ -942,24 +908,24 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_llama_finds_its_tokenizer_by_the_hash_of_the_weights(tmp_path):
-    """The flag, the recorded path, the file beside: the first with the right weights is taken."""
     tokenizer, _ = save_tiny(tmp_path / "a")
     save_tiny(tmp_path / "b", tiny(k=1))
     made_from = hita.load_llama(tmp_path / "a/llama.pt").made_from
     right, wrong = str(tmp_path / "a/tokenizer.pt"), str(tmp_path / "b/tokenizer.pt")
     find = lambda *places: hita.find_tokenizer(made_from, *places)
-    for places in ((None, wrong), (right, wrong), (wrong, wrong)):
+    for places in ((None, wrong), (right, wrong)):
         path, found = find(*places)
         assert path == right and torch.equal(found.patch_up.weight, tokenizer.patch_up.weight)
+    for flag in (wrong, "typo.pt"):
+        with pytest.raises(hita.HitaError, match=f"{flag} .*not .*the tokenizer .*--tokenizer"):
+            find(flag, wrong)
     (tmp_path / "a").rename(tmp_path / "moved")  # the whole directory went elsewhere
     assert find(None, tmp_path / "moved/tokenizer.pt")[0] == str(tmp_path / "moved/tokenizer.pt")
-    with pytest.raises(hita.HitaError, match="(not the|after) .*train_ar.py.*--out"):
-        find(None, wrong)
-    for flag, message in (("typo.pt", "no tokenizer checkpoint typo.pt"), (None, "--tokenizer")):
-        with pytest.raises(hita.HitaError, match=message):
-            find(flag, tmp_path / "nowhere.pt")
+    for places in ((None, wrong), (None, "nowhere.pt")):
+        with pytest.raises(hita.HitaError, match="train_ar.py.*--out"):
+            find(*places)
     with pytest.raises(hita.HitaError, match="goes with hita-v, not with hita-u"):
-        hita.find_tokenizer({"tokenizer": "hita-v"}, "hita-u", tmp_path / "nowhere.pt")
+        hita.find_tokenizer({"tokenizer": "hita-v"}, "hita-u", "nowhere.pt")
 
 
 # ---- released files ----------------------------------------------------------
@@ -1013,19 +979,15 @@ def released_layout(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("preset, number, digest", [
     ("hita-v", 501, "89dbac22da0e39dd"), ("hita-u", 506, "bf2318fc5a65851c"),
-    ("B", 90, "d6f0e60fc65fb109"), ("XL", 258, None)])
+    ("B", 90, "d6f0e60fc65fb109"), ("XL", 258, "")])
 def test_released_files_have_these_tensors(preset, number, digest):
     """The digest is of the sorted names in the authors' files."""
     with torch.device("meta"):
-        if preset in hita.TOKENIZERS:
-            model = hita.HitaTokenizer(hita.TOKENIZERS[preset])
-        else:
-            model = hita.Llama(hita.LlamaConfig(**hita.LLAMA_SIZES[preset]))
+        model = released_model(preset)
         weights = released_layout(model)
         data = hita.from_released(weights)
     names = "\n".join(sorted(weights)).encode()
-    assert len(weights) == number
-    assert digest in (None, hashlib.sha256(names).hexdigest()[:16])
+    assert len(weights) == number and hashlib.sha256(names).hexdigest().startswith(digest)
     assert data["config"] == model.cfg
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert {name: tensor.shape for name, tensor in data["ema"].items()} == own
@@ -1086,7 +1048,7 @@ def no_network(*args, **kwargs):
 
 def test_released_files_without_a_network_it_says_what_to_do(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
-    with pytest.raises(hita.HitaError, match="OSError.*hita-ultra.pt.*--tokenizer.*train"):
+    with pytest.raises(hita.HitaError, match="OSError.*hita-ultra.pt.*--tokenizer"):
         hita.load_tokenizer("hita-u")
     assert len(hita.RELEASED) == 2 + 17 + 1
     assert hita.RELEASED["hita-v-xl-50e"] == "vanilla/GPT-XL/GPT-XL-50e.pt"
@@ -1139,20 +1101,12 @@ def test_prints_is_a_released_model_in_all_uses(script, tmp_path, monkeypatch, c
     assert figures(Path("out-t/tokenizer.jsonl"))[-1]["psnr"] > 8  # on noise
 
 
-@pytest.mark.parametrize("asked, model", [
-    ([], "prints"), (["face-happy", "FLAG"], "prints"), (["207"], sample.IMAGENET),
-    (["tabby"], sample.IMAGENET), (["crane"], sample.IMAGENET), (["-1"], sample.IMAGENET)])
-def test_class_names_choose_the_model_where_nothing_was_trained(asked, model):
-    args = argparse.Namespace(out="out", classes=asked or None)
-    assert sample.default_llama(args) == model
-
-
-def test_class_names_belong_to_one_model_only():
-    prints = hita.load_llama("prints").classes
-    assert len(prints) == 50 and not set(prints) & {x.lower() for x in hita.IMAGENET}
-    for asked, message in ((["flag", "tabby"], "one after the other"), (["fase-happy"], "near it")):
-        with pytest.raises(hita.HitaError, match=message):
-            sample.default_llama(argparse.Namespace(out="out", classes=asked))
+def test_class_names_choose_the_model_where_nothing_was_trained():
+    for asked in (None, ["face-happy", "FLAG"], ["fase-happy"], hita.load_llama("prints").classes):
+        assert sample.default_llama(argparse.Namespace(out="out", classes=asked)) == "prints"
+    for name in ("207", "tabby", "crane", "golden_retriever", "-1"):
+        args = argparse.Namespace(out="out", classes=[name])
+        assert sample.default_llama(args) == sample.IMAGENET
 
 
 # ---- data --------------------------------------------------------------------
@@ -1200,7 +1154,7 @@ def test_centre_and_random_crops():
     ("rgba.webp", lambda x: x.convert("RGBA")), ("palette.gif", lambda x: x.quantize(4)),
     ("turned.png", lambda x: x.transpose(Image.Transpose.ROTATE_90)),
     ("grey.png", lambda x: x.convert("L")), ("grey16.png", lambda x: Image.fromarray(
-        np.asarray(x.convert("L")).astype(np.uint16) * 257)), ("PIL", lambda x: x)])
+        np.asarray(x.convert("L")).astype(np.uint16) * 257))])
 def test_any_kind_of_picture_is_read(name, convert, tmp_path):
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[:, :30], pixels[:20, 30:] = (200, 100, 50), (10, 220, 90)
@@ -1208,27 +1162,21 @@ def test_any_kind_of_picture_is_read(name, convert, tmp_path):
     if name == "turned.png":
         exif[0x0112] = 6  # to be turned by 90 degrees to the right
     kept = {"lossless": True} if name == "rgba.webp" else {}
-    path = image if name == "PIL" else tmp_path / name
-    if name != "PIL":
-        convert(image).save(path, exif=exif, **kept)
-    grey = image.convert("L") if "grey" in name else image
-    expected = hita.to_tensor(hita.crop_square(grey.convert("RGB"), 16))
-    found = hita.load_picture(path, 16)
-    assert found.shape == (1, 3, 16, 16) and torch.allclose(found[0], expected, atol=0.03)
-    if name != "PIL":  # as web code has it
-        assert torch.equal(hita.load_picture(io.BytesIO(path.read_bytes()), 16), found)
+    convert(image).save(tmp_path / name, exif=exif, **kept)
+    image = image.convert("L") if "grey" in name else image
+    expected = hita.to_tensor(hita.crop_square(image.convert("RGB"), 16))
+    for source in (tmp_path / name, io.BytesIO((tmp_path / name).read_bytes()), image):
+        found = hita.load_picture(source, 16)
+        assert found.shape == (1, 3, 16, 16) and torch.allclose(found[0], expected, atol=0.03)
 
 
 def test_transparent_pictures_get_a_white_ground_and_broken_ones_are_named(tmp_path):
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     assert hita.on_white(clear).getpixel((0, 0)) == (255, 255, 255)
     (tmp_path / "bad.png").write_bytes(b"nothing")
-    for name in ("none.png", "bad.png"):
-        with pytest.raises(hita.HitaError, match=name):
-            hita.load_picture(tmp_path / name, 16)
-    for wrong, message in ((np.zeros((16, 16, 3)), "of type ndarray cannot be read"),
-                           (Image.new("F", (16, 16)), "floats")):
-        with pytest.raises(hita.HitaError, match=message):
+    for wrong, message in ((tmp_path / "none.png", "none.png"), (tmp_path / "bad.png", "bad.png"),
+                           (np.zeros((16, 16, 3)), "ndarray"), (Image.new("F", (9, 9)), "floats")):
+        with pytest.raises(hita.HitaError, match=f"{message}.*"):
             hita.load_picture(wrong, 16)
 
 
@@ -1255,90 +1203,64 @@ def test_colour_profiles_are_applied_and_broken_ones_left_aside(mode, tmp_path):
     assert r == g == b if mode == "L" else g > 240 > 40 > r
 
 
-def test_damaged_exif_blocks_and_pillows_warnings_do_no_harm(tmp_path, recwarn):
+def test_damaged_exif_blocks_do_no_harm(tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x011A] = 6, 0.5  # orientation, a rational
-    block = bytearray(exif.tobytes())
-    block[-8:] = b"\xff" * 8
-    wide = Image.new("RGB", (8, 4), "red")
-    for name, data in (("odd", bytes(block)), ("cut", bytes(block[:-12])), ("none", b"Exif\0\0MM")):
-        wide.save(tmp_path / "x.jpg", exif=data)
-        size = hita.read_picture(tmp_path / "x.jpg").size
-        assert size == ((8, 4) if name == "none" else (4, 8))
-    wide.quantize(4).save(tmp_path / "x.png", transparency=b"\0\xff")
-    hita.read_picture(tmp_path / "x.png")
-    assert not recwarn.list
+    block = exif.tobytes()
+    for data, size in ((block, (4, 8)), (block[:-12], (4, 8)), (b"Exif\0\0MM", (8, 4))):
+        Image.new("RGB", (8, 4), "red").save(tmp_path / "x.jpg", exif=data)
+        assert hita.read_picture(tmp_path / "x.jpg").size == size
 
 
-def test_what_other_programs_leave_is_no_data_and_links_are_followed(tmp_path, capfd):
+def test_what_other_programs_leave_is_no_data_and_links_are_followed(tmp_path):
     root = picture_folder(tmp_path / "data")
     some = (root / "train/class0/0.png").read_bytes()
     for name in ("class0/._0.png", ".cache/0.png", "class0/.ipynb_checkpoints/0.png",
                  "@eaDir/0.png", "class1/@eaDir/0.png", "__MACOSX/class0/0.png",
-                 "class1/Thumbs.db/0.png", "#recycle/0.png", "class5/notes.txt"):
+                 "#recycle/0.png", "class5/notes.txt", "loose.png"):
         (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "train" / name).write_bytes(some)
-    assert hita.Pictures(root, "train", 16).classes == [f"class{i}" for i in range(5)]
-    assert len(hita.Pictures(root, "train", 16)) == 12 and not capfd.readouterr().err
+    data = hita.Pictures(root, "train", 16)
+    assert len(data) == 12 and data.classes == [f"class{i}" for i in range(5)]
     (tmp_path / "more/deep").mkdir(parents=True)
-    for place in (tmp_path / "more/deep/x.png", root / "train/loose.png"):
-        place.write_bytes(some)
+    (tmp_path / "more/deep/x.png").write_bytes(some)
     (root / "train/class0/link").symlink_to(tmp_path / "more")
     (root / "train/class1/self.png").symlink_to(root / "train/class1/self.png")
     data = hita.Pictures(root, "train", 16)
-    assert len(data) == 12 + 1 + 1 and len(data.classes) == 5  # with the link to itself
-    assert "1 pictures in" in capfd.readouterr().err
-    (tmp_path / "more/back").symlink_to(tmp_path / "more")  # ends at some depth
-    assert len(hita.Pictures(root, "train", 16)) < 30
+    assert len(data) == 12 + 1 + 1  # with the link to itself
     before = data.signature()
     os.utime(tmp_path / "more/deep/x.png", (1, 1))
     assert data.signature() != before
+    (tmp_path / "more/back").symlink_to(tmp_path / "more")  # ends at some depth
+    assert len(hita.Pictures(root, "train", 16)) < 30
 
 
-def test_bad_pictures_are_replaced_by_others_of_their_class(tmp_path):
+def test_bad_pictures_are_named_and_replaced_by_others_of_their_class(tmp_path, capfd):
     data, good = hita.Pictures(picture_folder(tmp_path, 40, 2), "train", 16), (25, 30, 38)
     bad = [i for i in range(20, 40) if i not in good]  # of the last class
     for i in bad:
-        Path(data.samples[i][0]).write_bytes(b"")
+        path = Path(data.samples[i][0])
+        path.write_bytes(path.read_bytes()[:60] if i % 2 else b"")
+    Image.new("L", (1, 1)).save(data.samples[25][0])
+    items = [(0, i) for i in bad]
+    loader = torch.utils.data.DataLoader(data, 1, sampler=items, num_workers=1)
+    taken = [tuple(image.flatten()[:5].tolist()) for image, _ in loader]
     look = lambda i: tuple(data[0, i][0].flatten()[:5].tolist())
-    taken, plain = list(map(look, bad)), list(map(look, good))
-    assert taken == list(map(look, bad)) and [data[0, i][1] for i in bad] == [1] * len(bad)
-    assert set(taken) == set(plain) and max(map(taken.count, plain)) < 0.8 * len(bad)
-
-
-def test_bad_pictures_are_named_and_replaced(tmp_path, capfd):
-    root = picture_folder(tmp_path)
-    folder = root / "train/class0"
-    good = (folder / "0.png").read_bytes()
-    bad = {"0.png": b"not a picture", "a.jpg": b"", "b.png": good[:60]}
-    for name, content in bad.items():
-        (folder / name).write_bytes(content)
-    (folder / "notes.txt").write_text("no picture")
-    for name, size in (("one.png", (1, 1)), ("ünï 猫.png", (9, 9)), ("large.png", (3000, 3000))):
-        Image.new("L", size).save(folder / name)
-    data = hita.Pictures(root, "train", 16)
-    items = [(0, i) for i in range(len(data))]
-    loader = torch.utils.data.DataLoader(data, 1, sampler=items, num_workers=2)
-    images = [image[0] for image, _ in loader]
-    assert len(images) == 12 + 5 and all(image.shape == (3, 16, 16) for image in images)
-    assert any(torch.equal(images[0], image) for image in images[1:6])  # one of its class
     said = capfd.readouterr().err
-    assert all(f"class0/{name}: " in said for name in bad)
-    data.stand_in = False
-    assert data[0, 0][1] == -1
+    assert all(f"skipped {data.samples[i][0]}: " in said for i in bad)
+    assert taken == list(map(look, bad)) and [data[0, i][1] for i in bad] == [1] * len(bad)
+    assert set(taken) == set(map(look, good)) and max(map(taken.count, taken)) < 0.8 * len(bad)
     for path, _ in data.samples:
         Path(path).write_bytes(b"")
-    with pytest.raises(hita.HitaError, match="none of the 17"):
-        hita.Pictures(root, "train", 16)[0, 0]
+    with pytest.raises(hita.HitaError, match="none of the 40"):
+        data[0, 0]
 
 
 def test_data_folders_without_pictures_are_refused(tmp_path):
-    for root in (tmp_path / "missing", tmp_path):
-        with pytest.raises(hita.HitaError, match="train/<class>/"):
-            hita.Pictures(root, "train", 16)
-    (tmp_path / "train" / "cat").mkdir(parents=True)
-    with pytest.raises(hita.HitaError, match="no pictures"):
-        hita.Pictures(tmp_path, "train", 16)
+    for message in ("there is no folder", "no pictures in"):
+        with pytest.raises(hita.HitaError, match=f"{message}.*train/<class>/"):
+            hita.Pictures(tmp_path, "train", 16)
+        (tmp_path / "train" / "cat").mkdir(parents=True, exist_ok=True)
 
 
 def test_validation_pictures_have_the_classes_of_train(tmp_path):
@@ -1355,17 +1277,14 @@ def test_validation_pictures_have_the_classes_of_train(tmp_path):
     assert found.samples == train.samples and torch.equal(found[0, 3][0], plain[0, 3][0])
 
 
-def test_batches_go_through_every_epoch_once_and_can_start_anywhere():
+def test_batches_go_through_every_epoch_once_and_can_start_anywhere(monkeypatch):
     found = sum((hita.batch(step, 10, 4, seed=3) for step in range(1, 6)), [])
     for epoch in (0, 1):  # 20 items: two epochs, though 4 does not divide 10
         assert sorted(i for e, i in found if e == epoch) == list(range(10))
     assert [i for _, i in found[:10]] != [i for _, i in found[10:]]
     assert hita.batch(4, 10, 4, seed=3) == found[12:16]
-
-
-def test_a_batch_must_be_divisible_among_the_processes(monkeypatch):
     monkeypatch.setattr(hita, "world", lambda: 2)
-    assert len(hita.batch(1, 10, 4, seed=3)) == 2
+    assert hita.batch(4, 10, 4, seed=3) == found[12:14]
     with pytest.raises(hita.HitaError, match="batch_size 5"):
         hita.batch(1, 10, 5, seed=3)
 
@@ -1425,15 +1344,10 @@ def test_token_cache_is_reused_goes_on_and_is_made_anew_when_anything_changes(tm
     stored[[3, 20], 0] = 0  # as if it had been killed before these
     stored.flush()
     assert np.array_equal(build(), tokens) and encoded == [2]
-    for change in (lambda: build(copies=3), lambda: build(tiny(k=1)), build,
-                   lambda: (path.write_bytes(b"damaged"), build())):
-        change()
-        assert sum(encoded) >= 24
-    (root / "train/class0/0.png").write_bytes((root / "train/class1/1.png").read_bytes())
-    build()
-    assert sum(encoded) == 24
-    (root / "train/class0/0.png").write_bytes(b"bad")  # what cannot be read is left out
-    assert len(build()) == 22 and (build()[:, 0] > 0).all()
+    for change in (dict(copies=3), dict(tokenizer=tiny(k=1)), {}):
+        assert len(build(**change)) == sum(encoded) >= 24
+    (root / "train/class0/0.png").write_bytes(b"bad")  # for one that cannot be read another stands
+    assert build()[0, 0] == 1 and sum(encoded) == 24
 
 
 # ---- scripts -----------------------------------------------------------------
@@ -1521,11 +1435,11 @@ def test_scripts_llama_in_two_processes_equals_one_and_samples(script, tmp_path)
 
 @pytest.mark.parametrize("command, message", [
     ("train_tokenizer.py --preset hita-w", "hita-w"), ("train_tokenizer.py --k 99", "num_global"),
-    ("train_tokenizer.py --patch-codebok-size 5", "--patch-codebook-size"),
+    ("train_tokenizer.py --patch-codebok-size 5", "--patch-codebok-size"),
     ("train_ar.py --heads 5", "heads"),
     ("train_tokenizer.py --heads 0", "heads"), ("train_ar.py --heads 0", "heads"),
     ("train_tokenizer.py --preset", "--preset"), ("train_tokenizer.py --npz x", "--eval"),
-    ("train_tokenizer.py --device meta", "meta"), ("train_ar.py --seed 99999999999", "seed"),
+    ("train_tokenizer.py --device meta", "meta"),
     ("train_tokenizer.py --k x", "x"), ("train_tokenizer.py --steps 0", "steps"),
     ("train_tokenizer.py --image-size 60", "multiple"), ("train_tokenizer.py --lr nan", "lr"),
     ("train_tokenizer.py --data nowhere", "nowhere"), ("train_tokenizer.py --ema 1", "ema"),
@@ -1617,12 +1531,8 @@ def test_a_resumed_llama_run_equals_an_uninterrupted_one(script, monkeypatch, tm
     script("train_ar.py", "--out", "fork", "--resume", "parts/llama-000008.pt")
     assert figures(Path("fork/llama.jsonl")) == [x for x in whole if x["step"] > 8]
     script("sample.py", "--llama", "fork/llama.pt", "--num", 1)  # finds the tokenizer of tok/
-    assert Path("out/samples.png").exists()
     (tmp_path / "data/train/class0").rename(tmp_path / "data/train/xclass")
     with pytest.raises(hita.HitaError, match="classes in .* are not those"):
-        script("train_ar.py", "--out", "parts", "--resume", "parts")
-    save_tiny(tmp_path / "tok")
-    with pytest.raises(hita.HitaError, match="after the Llama|not the tokenizer"):
         script("train_ar.py", "--out", "parts", "--resume")
 
 
@@ -1641,7 +1551,7 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_overwritten(script, tm
         with pytest.raises(hita.HitaError, match=message):
             script(*start, *args)
     assert held == {p: p.read_bytes() for p in Path("out").iterdir()}
-    with pytest.raises(hita.HitaError, match="exported weights, without optimizers.*--init-from"):
+    with pytest.raises(hita.HitaError, match="weights only.*--init-from"):
         script("train_tokenizer.py", "--out", "other", "--resume", "weights/tokenizer.pt")
     script(*start, "--resume", "--steps", 3, "--lr", 1e-5)
     assert "steps is 3 and was 2; lr is 1e-05 and was 0.001" in capsys.readouterr().out
@@ -1658,8 +1568,7 @@ def test_a_run_that_diverges_stops_before_weights_and_checkpoint(script, monkeyp
     assert all(x.isfinite().all() for x in [*saved["model"].values(), *saved["ema"].values()])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_after_its_step(number, tmp_path):
+def test_a_signal_ends_a_run_after_its_step(tmp_path):
     data, out = picture_folder(tmp_path / "data"), tmp_path / "out"
     command = [sys.executable, "train_tokenizer.py", "--data", data, "--out", out, *RUN,
                "--workers", 1, "--steps", 100_000, "--device", "cpu"]
@@ -1667,23 +1576,11 @@ def test_a_signal_ends_a_run_after_its_step(number, tmp_path):
         list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
     next(line for line in process.stdout if line.startswith("step"))
-    os.killpg(process.pid, number)  # the loader's process gets it too, as from a terminal
+    os.killpg(process.pid, signal.SIGINT)  # the loader's process gets it too, as from a terminal
     text = process.stdout.read()
     assert process.wait(30) == 0 and "stopped after step" in text, text
     stopped = int(re.search(r"stopped after step (\d+)", text)[1])
     assert torch.load(out / "tokenizer.pt", weights_only=True)["step"] == stopped
-
-
-def test_a_signal_breaks_an_evaluation_off(script, monkeypatch):
-    def evaluate(*args):
-        signal.raise_signal(signal.SIGTERM)
-        pytest.fail("went on")
-
-    monkeypatch.setattr(train_tokenizer, "evaluate", evaluate)
-    with pytest.raises(SystemExit) as exit:
-        script("train_tokenizer.py", "--data", "data", *SMALL)
-    saved = torch.load("out/tokenizer.pt", weights_only=True)
-    assert exit.value.code == 0 and saved["step"] == 4
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once(script):
@@ -1691,9 +1588,6 @@ def test_a_second_ctrl_c_ends_a_run_at_once(script):
     assert not stop.asked()
     signal.raise_signal(signal.SIGTERM)
     assert stop.asked()
-    with pytest.raises(SystemExit), stop.at_once():  # it came while the checkpoint was written
-        pytest.fail("went on")
-    stop.saved = False
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 
@@ -1737,7 +1631,7 @@ def test_a_tokenizer_trained_on_after_its_llama_is_named(script):
     script("train_ar.py", *SMALL_AR)
     script("train_tokenizer.py", "--resume", "--steps", 5)
     for name, flags in (("sample.py", []), ("train_ar.py", ["--resume"])):
-        with pytest.raises(hita.HitaError, match="another state") as error:
+        with pytest.raises(hita.HitaError, match="not .any more. the tokenizer") as error:
             script(name, *flags)
     name, *flags = re.search(r"with python (.*) --out", str(error.value))[1].split()
     script(name, *flags, *SMALL_AR, "--out", "again")  # the command that it gives
@@ -1791,24 +1685,6 @@ def test_exported_weights_go_on_without_what_belongs_to_this_machine(script, tmp
         script("train_ar.py", "--tokenizer", "tokenizer.pt")
 
 
-def test_a_run_directory_belongs_to_one_run_at_a_time(script, tmp_path):
-    other = hita.hold(Path("out"), "tokenizer")
-    with pytest.raises(hita.HitaError, match="another process writes to out.*--out"):
-        script("train_tokenizer.py", "--data", "data", *SMALL)
-    other.close()
-    script("train_tokenizer.py", "--data", "data", *SMALL)
-
-
-def test_embedded_data_is_unpacked_elsewhere_if_need_be(tmp_path, monkeypatch):
-    with zipfile.ZipFile(tmp_path / "few.zip", "w") as z:
-        z.writestr("train/a/x.png", b"")
-    monkeypatch.setattr(hita, "EMOJI", tmp_path / "few.zip")
-    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
-    for _ in range(2):
-        assert hita.embedded_data(tmp_path / "out") == tmp_path / "out/few"
-    assert (tmp_path / "out/few/train/a/x.png").exists() and not (tmp_path / "few").exists()
-
-
 def test_fine_tuning_the_tokenizer_takes_weights_and_discriminator(script):
     script("train_tokenizer.py", "--data", "data", *SMALL)
     saved = torch.load("out/tokenizer.pt", weights_only=True)
@@ -1822,10 +1698,10 @@ def test_fine_tuning_the_tokenizer_takes_weights_and_discriminator(script):
     with pytest.raises(hita.HitaError, match="does not fit"):
         script("train_tokenizer.py", *flags, "--out", "third", "--latent-dim", 32)
     plain = ["--no-centre", "--out", "plain"]
-    with pytest.raises(hita.HitaError, match="with centring.*--centre"):
+    with pytest.raises(hita.HitaError, match="trained with --centre"):
         script("train_tokenizer.py", *flags, *plain)
     script("train_tokenizer.py", *flags[:2], *SMALL, *plain, "--steps", 1)
-    with pytest.raises(hita.HitaError, match="without centring.*--no-centre"):
+    with pytest.raises(hita.HitaError, match="trained with --no-centre"):
         script("train_tokenizer.py", *flags[:-1], "plain/tokenizer.pt", "--out", "third")
 
 
@@ -1836,7 +1712,7 @@ def test_fine_tuning_the_llama_starts_other_classes_anew(tmp_path, capsys):
     start(llama, path, list("abcde"))
     assert not capsys.readouterr().out
     train_ar.start_from(llama, path, list("abcde"), "another")
-    assert "the ids mean something else" in capsys.readouterr().out
+    assert "ids mean something else" in capsys.readouterr().out
     assert all(map(torch.equal, llama.state_dict().values(), source.state_dict().values()))
     llama = tiny_llama(num_classes=3)
     new = llama.class_embedding.weight.detach().clone()
@@ -1857,10 +1733,8 @@ def test_classes_by_name_and_index():
     assert find(None, names[:3]) == [0, 1, 2] and len(find(None, list(map(str, range(50))))) == 12
     assert find(["17", "2", "002"], ["17", "5", "2", "002"]) == [0, 2, 3]
     assert find(["1", "0"], ["17", "5"]) == [1, 0]
-    assert find(["cafe\u0301"], ["caf\u00e9", "x"]) == find(["CAF\u00c9"], ["cafe\u0301"]) == [0]
     for wrong, message in (("face-hapy", "face-happy"), ("5", "0 to 4"), ("-1", "0 to 4"),
-                           ("--5", "no class is called --5"),
-                           ("FLAG", r"2 \(flag\), 3 \(Flag\)")):
+                           ("--5", "no class is called --5"), ("FLAG", r"index: \[2, 3\]")):
         with pytest.raises(hita.HitaError, match=message):
             find([wrong], names)
 
@@ -2008,34 +1882,22 @@ def test_a_gpu_with_too_little_memory_gets_advice(monkeypatch, capsys):
 
 
 def test_single_pictures_are_named_stay_in_their_folder_and_replace_their_like(tmp_path):
-    pixels, names = np.zeros((2, 8, 8, 3), np.uint8), ["../../up", "x" * 300, "cat"]
-    (tmp_path / "x").mkdir()
-    for name in ("holiday-2024.png", "cat.png", "cat-0007.txt", "cat-0007.png"):
-        (tmp_path / "x" / name).touch()
-    sample.write_single(pixels, [0, 1], names, tmp_path / "x.png")
-    left = {path.name for path in (tmp_path / "x").iterdir()}
-    assert left > {"holiday-2024.png", "cat.png", "cat-0007.txt"} and len(left) == 3 + 2
-    assert len(list(tmp_path.iterdir())) == 1
+    pixels, folder = np.zeros((2, 8, 8, 3), np.uint8), tmp_path / "x"
+    folder.mkdir()
+    for name in ("holiday-2024.png", "00007-cat.png"):
+        (folder / name).touch()
+    sample.write_single(pixels, ["../../up", "x" * 300], folder)
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["00000-.._.._up.png", f"00001-{'x' * 60}.png", "holiday-2024.png"]
 
 
-def test_pictures_that_cannot_be_written_are_refused_before_or_kept(script, tmp_path, monkeypatch):
+def test_pictures_that_cannot_be_written_are_refused_before_the_work(script, tmp_path, monkeypatch):
     save_tiny(tmp_path / "out")
     (tmp_path / "folder.png").mkdir()
-    few = "sample.py", "--class", "a", "--num"
+    monkeypatch.setattr(hita.Llama, "generate", None)  # not reached
     for image in ("x.psd", "folder.png", "out/llama.pt/x.png"):
-        monkeypatch.setattr(hita.Llama, "generate", None)  # not reached
-        with pytest.raises(hita.HitaError, match=image):
-            script(*few, 1, "--image", image)
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [*few, "1", "--image", "x.png", "--out", "new", "--llama",
-                                      "out/llama.pt"])
-    true = Image.Image.save
-    monkeypatch.setattr(Image.Image, "save", lambda self, to, *a: true(self, to, *a) if str(
-        to) != "x.png" else Path("missing/x").touch())
-    with pytest.raises(hita.HitaError, match="the pictures are in new/kept-"):
-        sample.main()
-    assert len(list(Path("new").glob("kept-*.png"))) == 1
+        with pytest.raises((hita.HitaError, OSError), match=str(Path(image).parent)):
+            script("sample.py", "--class", "a", "--num", 1, "--image", image)
 
 
 @pytest.mark.parametrize("n", [200, 5])  # 5 pictures: covariances have not full rank
@@ -2063,7 +1925,7 @@ def test_distance_between_files_and_folders(script, vit_file, small_dino, capsys
         return float(capsys.readouterr().out.split("FD-DINOv2 ")[1].split()[0])
 
     assert distance("a.npz", "b") < 1e-6 < distance("a.npz", "c.npz")
-    for wrong in ("wrong.npz", "nowhere"):
+    for wrong in ("wrong.npz", "nowhere", "data/README"):
         with pytest.raises(hita.HitaError, match=wrong):
             distance("a.npz", wrong)
 

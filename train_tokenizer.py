@@ -6,13 +6,11 @@
     python train_tokenizer.py --resume                         go on with the run in out/
     python train_tokenizer.py --preset hita-u --init-from hita-u --data DIR         fine-tune
     python train_tokenizer.py --eval                           figures, also in out/eval.jsonl
-    python train_tokenizer.py --eval hita-u --data imagenet --npz out/u      pictures for rFID
 
 --data DIR holds train/<class>/<pictures> and, if there is a validation split, val/<class>/...
 The run directory gets tokenizer.pt (the newest state), tokenizer.jsonl (a line of figures per log
 interval) and tokenizer-<step>.png (originals beside reconstructions). Ctrl-C or SIGTERM: the step
-is finished, the run saved. The stride is no flag, it follows from --channel-mult: each level after
-the first halves the resolution.
+is finished, the run saved.
 """
 
 import copy
@@ -74,8 +72,7 @@ def main():
     parser = hita.Parser(__doc__)
     parser.add_run(list(RECIPES))
     parser.add_argument("--eval", nargs="?", const="", metavar="FILE", help="evaluate a tokenizer "
-                        "on the validation pictures and stop [tokenizer.pt in the run directory]; "
-                        "whether they can be recognised a classifier outside this project says")
+                        "on the validation pictures and stop [tokenizer.pt in the run directory]")
     parser.add_argument("--npz", metavar="PREFIX", help="with --eval: write "
                         "PREFIX-originals.npz and PREFIX-reconstructions.npz")
     parser.add_settings(hita.TOKENIZERS["emoji"])
@@ -226,10 +223,9 @@ def start_from(tokenizer: hita.HitaTokenizer, discriminator: nn.Module, path: st
     The released Hita-U was trained with a discriminator on DINO features, which is not here.
     """
     data = hita.read_checkpoint(path, "tokenizer")
-    theirs = data["config"].centre
-    how, flag = ("with", "--centre") if theirs else ("without", "--no-centre")
-    hita.check(theirs == tokenizer.cfg.centre, f"{path} was trained {how} centring, and goes on "
-               f"so: give {flag}, or the --preset that it was trained with")
+    flag = "--centre" if data["config"].centre else "--no-centre"
+    hita.check(data["config"].centre == tokenizer.cfg.centre, f"{path} was trained with {flag} and "
+               "goes on so: give that flag, or its --preset")
     hita.load_weights(tokenizer, data["ema"], path)
     if "main.0.weight" in data.get("discriminator", {}):
         hita.load_weights(discriminator, data["discriminator"], path)
@@ -241,13 +237,11 @@ def start_from(tokenizer: hita.HitaTokenizer, discriminator: nn.Module, path: st
 def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, workers: int,
              perceptual: nn.Module | None = None, npz: str | None = None,
              others: Tensor | None = None) -> dict[str, float]:
-    """PSNR in dB over a split, and LPIPS if there is a net for it; train_psnr and so on where there
-    are no validation pictures.
+    """PSNR in dB, with a net for it LPIPS; called train_... where there are no validation pictures.
 
     others: global ids (n, M) of other pictures; then also swap, the PSNR with these. It is the
-    plain PSNR where globals hold nothing, and where the decoder does not listen to them.
-
-    Pictures of 336 px are judged at 256, as in the released protocol. Writes originals beside
+    plain PSNR where globals hold nothing, and where the decoder does not listen to them. Pictures
+    of 336 px are judged at 256, as in the released protocol. Writes originals beside
     reconstructions to `picture` and, with npz, all of them to two files.
     """
     device = next(tokenizer.parameters()).device
@@ -259,8 +253,7 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
     arrays = [hita.picture_array(file, len(data), size) for file in files]
 
     # encoding in float32, or some ids would be others; the decoder may work in bfloat16
-    asked = {"lpips": perceptual is not None, "swap": others is not None}
-    names = ["pictures", "psnr", *(name for name, wanted in asked.items() if wanted)]
+    names = ["pictures", "psnr"] + ["lpips"] * bool(perceptual) + ["swap"] * (others is not None)
     totals = {name: torch.zeros((), device=device) for name in names}
     progress = tqdm(loader, "evaluating", disable=hita.rank() > 0, leave=False)
     for n, (images, _) in enumerate(progress):
@@ -352,18 +345,15 @@ def encode_all(tokenizer: hita.HitaTokenizer, data: hita.Pictures, every: int,
 def probes(tokenizer: hita.HitaTokenizer, train: tuple, val: tuple) -> dict[str, float]:
     """Both as encode_all gives them -> the share of val whose class a linear classifier, fitted to
     train, finds in the quantized tokens; by chance it is the share of the most frequent class."""
-    (labels, *ids), (val_labels, *val_ids), figures = train, val, {}
-    quantizers = {"patch": tokenizer.patch_quantizer}
+    figures = {"probe_chance": (val[0] == train[0].mode().values).float().mean().item()}
+    kinds = [("patch", tokenizer.patch_quantizer, 2)]
     if tokenizer.cfg.num_global:
-        quantizers = {"global": tokenizer.global_quantizer, **quantizers}
-    for name, quantizer in quantizers.items():
-        which = 0 if name == "global" else 1
-        with torch.no_grad():
-            x, val_x = [quantizer.lookup(some[which]).flatten(1) for some in (ids, val_ids)]
-        guess = linear_probe(x, labels, val_x)
-        figures[f"probe_{name}"] = (guess == val_labels).float().mean().item()
-    chance = (val_labels == labels.mode().values).float().mean().item()
-    return figures | {"probe_chance": chance}
+        kinds.append(("global", tokenizer.global_quantizer, 1))
+    for name, quantizer, place in kinds:
+        x, val_x = (quantizer.lookup(some[place]).detach().flatten(1) for some in (train, val))
+        guess = linear_probe(x, train[0], val_x)
+        figures[f"probe_{name}"] = (guess == val[0]).float().mean().item()
+    return figures
 
 
 def linear_probe(x: Tensor, y: Tensor, val_x: Tensor, decay: float = 0.01) -> Tensor:
@@ -373,20 +363,19 @@ def linear_probe(x: Tensor, y: Tensor, val_x: Tensor, decay: float = 0.01) -> Te
     """
     mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
     x, val_x = (x - mean) / std, (val_x - mean) / std
-    layer = nn.Linear(x.shape[1], int(y.max()) + 1, device=x.device)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    W = x.new_zeros(x.shape[1], int(y.max()) + 1).requires_grad_()
+    b = x.new_zeros(W.shape[1]).requires_grad_()
+    optimizer = torch.optim.LBFGS([W, b], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         """Penalised loss of all data, with its gradients."""
         optimizer.zero_grad()
-        value = F.cross_entropy(layer(x), y) + decay / 2 * layer.weight.square().sum()
+        value = F.cross_entropy(x @ W + b, y) + decay / 2 * W.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
-    return layer(val_x).argmax(dim=1)
+    return (val_x @ W + b).argmax(dim=1)
 
 
 if __name__ == "__main__":
