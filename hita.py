@@ -62,7 +62,7 @@ class TokenizerConfig:
     """Architecture of the tokenizer. The defaults are the released Hita-V, 104.2 M parameters."""
     image_size: int = 336  # side of the square training images in pixels
     channels: int = 128  # channels of the conv nets at full resolution
-    channel_mult: tuple = (1, 1, 2, 2, 4)  # widths of the levels; n levels give a stride of 2^(n-1)
+    channel_mult: tuple = (1, 1, 2, 2, 4)  # widths of the levels; n of them: stride 2^(n-1)
     res_blocks: int = 2  # residual blocks per encoder level (the decoder has one more)
     latent_dim: int = 512  # width D of patch embeddings, queries and transformers
     layers: int = 3  # transformer layers in each of the three stages
@@ -74,12 +74,12 @@ class TokenizerConfig:
     global_code_dim: int = 12  # width of a global code
     patch_code_dim: int = 8  # width of a patch code
     beta: float = 0.25  # weight of the commitment term
-    centre: bool = False  # bring what is quantized to mean 0, variance 1; for short trainings
-    revive_codes: bool = False  # move codes that are hardly used onto encoder outputs; small data
+    centre: bool = False  # to mean 0, variance 1 before quantizing; short trainings
+    revive_codes: bool = False  # move unused codes onto encoder outputs; small data
     k: int = 4  # positions by which the decoder's window starts before the patches
     dino: str = "vit_large_patch14_reg4_dinov2.lvd142m"  # timm name of the DINOv2, or none
     dino_dim: int = 1024  # feature width of the DINOv2
-    vfm_recon: bool = False  # Hita-U: predict the DINOv2 features from the globals in training
+    vfm_recon: bool = False  # Hita-U: predict DINOv2 features from the globals
 
     def __post_init__(self):
         check(self.grid > 0 and self.image_size % self.stride == 0,
@@ -203,7 +203,7 @@ class AttnBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each with attention if asked for, then a resampling."""
+    """Residual blocks at one resolution, with attention if asked for, then a resampling."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, attention: bool, resample: nn.Module):
         super().__init__()
@@ -229,7 +229,7 @@ def upsample(c: int) -> nn.Module:
 
 
 def stack(c: int, widths: list[int], blocks: int, resample, lowest: int) -> nn.Sequential:
-    """Levels of these widths, resampled between them; the lowest resolution has attention."""
+    """Levels of these widths, resampled in between; the lowest has attention."""
     levels = []
     for i, width in enumerate(widths):
         after = resample(width) if i < len(widths) - 1 else nn.Identity()
@@ -292,7 +292,7 @@ class DINOv2(nn.Module):
                  pretrained: bool = True):
         super().__init__()
         import timm  # slow to import, and decoding does without
-        given = {"state_dict": weights} if weights else {}  # instead of what timm would fetch
+        given = {"state_dict": weights} if weights else {}  # timm does not fetch
         self.vit = timm.create_model(name, pretrained, num_classes=0, img_size=self.SIZE,
                                      pretrained_cfg_overlay=given)
         self.vit.pretrained_cfg.pop("state_dict", None)  # timm keeps a second copy
@@ -301,11 +301,11 @@ class DINOv2(nn.Module):
         self.eval().requires_grad_(False)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 3, 224, 224), normalised for the ViT, in float32."""
+        """(B, 3, H, W) in [-1, 1] -> (B, 3, 224, 224) as the ViT wants it, in float32."""
         with torch.autocast(images.device.type, enabled=False):
             images = images.float()
 
-            # where the picture shrinks, it is blurred first; sigma and size as in kornia's resize
+            # a picture that shrinks is blurred first, as in kornia's resize
             factors = [side / self.SIZE for side in images.shape[-2:]]
             if max(factors) > 1:
                 sigmas = [max((f - 1) / 2, 0.001) for f in factors]
@@ -398,13 +398,13 @@ def learned(length: int, dim: int) -> nn.Parameter:
 
 
 def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
-    """Position table (1, G*G, D) of a G x G grid -> (1, h*w, D), bicubic where the grid differs."""
+    """Positions (1, G*G, D) of a G x G grid -> (1, h*w, D), bicubic where the grid differs."""
     side = math.isqrt(positions.shape[1])
     if (h, w) == (side, side):
         return positions
     grid = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, G, G)
 
-    # the 0.1 shifts the sampling step a little, as in DINO; the released model is used with it
+    # the 0.1 shifts the sampling step a little, as in DINO and the released model
     scale = (h + 0.1) / side, (w + 0.1) / side
     grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")  # (1, D, h, w)
     return row_by_row(grid)  # (1, h*w, D)
@@ -659,7 +659,7 @@ class HitaTokenizer(nn.Module):
 
     def render(self, global_codes: Tensor | None, patch_codes: Tensor, grid: tuple) -> Tensor:
         """Quantized codes (B, M, C), (B, N, C) -> images (B, 3, H, W)."""
-        dtype = self.patch_up.weight.dtype  # of a tokenizer in half precision; codes are in float32
+        dtype = self.patch_up.weight.dtype  # perhaps half precision; codes are in float32
         x = self.patch_up(patch_codes.to(dtype))  # (B, N, D)
         if self.cfg.num_global:
             x = self.fusion(self.global_up(global_codes.to(dtype)), x, grid)  # (B, N, D)
@@ -718,8 +718,8 @@ class HitaTokenizer(nn.Module):
 
 # ---- Losses ------------------------------------------------------------------
 #
-# The tokenizer minimises rec + LPIPS + 0.5 adversarial + codebook (+ feature for Hita-U), where
-# rec is 2 MSE; the sum is taken in train_tokenizer.py. The discriminator minimises a hinge loss.
+# The tokenizer minimises rec + LPIPS + 0.5 adversarial + codebook (+ feature for Hita-U), summed
+# in train_tokenizer.py; the discriminator a hinge loss.
 
 def reconstruction_loss(images: Tensor, recon: Tensor) -> Tensor:
     """2 MSE: the released recipe's L2 term, and an MSE term that its trainer always adds."""
@@ -737,7 +737,7 @@ class PerceptualLoss(nn.Module):
         import lpips  # slow to import, and needed in training only
         # the package takes the root of a sum of squares; where that is 0 the gradient is NaN
         lpips.normalize_tensor = lambda x: x * (x.square().sum(1, keepdim=True) + 1e-20).rsqrt()
-        warnings.filterwarnings("ignore", module="torchvision")  # lpips calls it in an old way
+        warnings.filterwarnings("ignore", module="torchvision")  # called in an old way
         try:
             self.lpips = lpips.LPIPS(net="vgg", pnet_rand=not pretrained, verbose=False)
         except Exception as e:  # the download raises many kinds; the remedy is the same
@@ -830,7 +830,7 @@ class KVCache(nn.Module):
             torch._dynamo.mark_static_address(buffer, guard=False)
 
     def update(self, index: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, heads, T, d) at positions (T,) -> the first `length` keys and values."""
+        """Write k, v (B, heads, T, d) at (T,) -> the first `length` keys and values."""
         self.keys[:, :, index] = k.type_as(self.keys)
         self.values[:, :, index] = v.type_as(self.values)
         return self.keys[:, :, :length], self.values[:, :, :length]
@@ -973,12 +973,8 @@ class Llama(nn.Module):
         mistake, for codebooks of one size. HitaError for classes that the model does not have.
         """
         cfg, M = self.cfg, self.cfg.num_global
-        is_ids = isinstance(class_ids, Tensor) and class_ids.dtype == torch.int64
-        check(is_ids and class_ids.dim() == 1 and len(class_ids) > 0, "class_ids must be an int64 "
-              "tensor (B,) of one or more, such as torch.tensor([207]); by name: "
-              "torch.tensor([llama.classes.index(name)])")
-        check(all(0 <= c < cfg.num_classes for c in class_ids.tolist()),
-              f"{class_ids.tolist()}: this model has the classes 0 to {cfg.num_classes - 1}")
+        B = class_ids.numel() if isinstance(class_ids, Tensor) else 1
+        check_ids("class ids", class_ids, (max(B, 1),), cfg.num_classes)
         sizes = cfg.global_codebook_size, cfg.patch_codebook_size
         check(not (released_sampling and M) or sizes[0] == sizes[1], "released_sampling looks a "
               f"global id up in the patch table: it needs codebooks of one size, not {sizes}")
@@ -992,7 +988,7 @@ class Llama(nn.Module):
         if random is None:
             random = random_numbers(class_ids, total, seed)  # (B, M + N)
 
-        # Guidance predicts everything twice, with the class and without: one batch [cond; uncond].
+        # Guidance predicts twice, with the class and without: one batch [cond; uncond].
         labels, copies = class_ids, 1
         if cfg_scale != 1:
             labels, copies = torch.cat([class_ids, torch.full_like(class_ids, cfg.num_classes)]), 2
@@ -1061,7 +1057,7 @@ def random_numbers(class_ids: Tensor, length: int, seed: int = 0) -> Tensor:
 
 
 def draw(probs: Tensor, random: Tensor) -> Tensor:
-    """Probabilities (B, V), uniform numbers (B, 1) -> ids (B, 1): inverts the cumulative sum."""
+    """Probabilities (B, V), uniform numbers (B, 1) -> ids (B, 1), by inversion."""
     # in Part 2; an id of probability 0 stays below every target and is never drawn
     sums = cumulative_sums(probs).masked_fill(probs == 0, 0.0)
     # the largest sum is 1 but for rounding
@@ -1112,17 +1108,16 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import difflib
 import hashlib
 import inspect
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -1153,11 +1148,11 @@ class RevivingQuantizer(VectorQuantizer):
 
     @torch.no_grad()
     def revive(self, z: Tensor) -> None:
-        """Put codes with fewer than 0.1 remembered uses onto random ones of z (B*T, C)."""
+        """Put codes with fewer than 0.1 remembered uses onto some of z (B*T, C)."""
         self.hits *= 0.9  # a single use is forgotten after 22 steps
         dead = self.hits < 0.1
 
-        # of the outputs of all processes, and as the first one chooses: codebooks stay the same
+        # of the outputs of all processes, as the first chooses: codebooks stay the same
         every = z.new_zeros(world(), *z.shape)
         every[rank()] = z
         z = all_sum(every).flatten(0, 1)  # (world * B*T, C)
@@ -1196,8 +1191,8 @@ def cumulative_sums(probs: Tensor) -> Tensor:
     return (inner + before[..., None]).flatten(1)[:, :V]
 
 
-def check_ids(name: str, ids: Tensor, shape: tuple[int, int], size: int) -> None:
-    """HitaError unless ids are an int64 tensor of this shape with values from 0 to size - 1."""
+def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], size: int) -> None:
+    """HitaError unless ids are int64 of this shape, from 0 to size - 1."""
     found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids)
     check(found == f"torch.int64 {shape}", f"{name} are {found}, expected torch.int64 {shape}")
     wrong = ids[(ids < 0) | (ids >= size)].tolist()
@@ -1213,9 +1208,9 @@ def check_images(images: Tensor, stride: int, dtype: torch.dtype) -> None:
     fits = len(shape) == 4 and shape[1] == 3 and not shape[2] % stride and not shape[3] % stride
     check(fits, f"images are {shape}, expected (B, 3, H, W) with sides divisible by {stride}")
     low, high = images.min(), images.max()
-    check(low > -2 and high < 2, f"pixels reach from {low:.3g} to {high:.3g}, expected [-1, 1]")
+    check(low > -2 and high < 2, f"pixels are {low:.3g} to {high:.3g}, not in [-1, 1]")
     if 0 <= low < high:
-        warnings.warn("no pixel is below 0: if these pictures are in [0, 1], encode 2 * x - 1",
+        warnings.warn("no pixel is below 0: of pictures in [0, 1] encode 2 * x - 1",
                       stacklevel=3)
 
 
@@ -1250,22 +1245,20 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
-class DifferentiableSum(torch.autograd.Function):
-    """all_sum with a gradient; torch's own is deprecated or private, depending on the version."""
+class AllMean(torch.autograd.Function):
+    """Mean over all processes, with a gradient; torch's own has none, or warns."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        return all_sum(x.clone())
+        return all_sum(x.clone()) / world()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        """The sum again, since every process's loss depends on this process's x."""
-        return all_sum(grad.clone())
+        """The mean again: the loss of every process depends on this process's x."""
+        return all_sum(grad.clone()) / world()
 
 
-def all_mean(x: Tensor) -> Tensor:
-    """Mean of a tensor over all processes; gradients pass through it."""
-    return DifferentiableSum.apply(x) / world()
+all_mean = AllMean.apply
 
 
 def barrier() -> None:
@@ -1288,34 +1281,34 @@ def set_up_device(name: str | None) -> torch.device:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     except (RuntimeError, AssertionError, ValueError) as e:
         raise HitaError(f"device {name} cannot be used: {first_line(e)}; try --device cpu") from e
-    torch.backends.cudnn.allow_tf32 = False  # with TF32 in the encoder some ids would be others
+    torch.backends.cudnn.allow_tf32 = False  # with TF32 some ids would be others
     return device
 
 
 def distribute(model: nn.Module) -> nn.Module:
-    """The model itself, or wrapped for training in several processes."""
+    """The model, wrapped where there are several processes."""
     if world() == 1:
         return model
-    torch._dynamo.config.optimize_ddp = False  # it fails on recomputed activations in torch 2.6
+    torch._dynamo.config.optimize_ddp = False  # fails when recomputing in torch 2.6
     model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     model.broadcast_buffers = False  # the argument of this name warns on new versions
     return model
 
 
 def use_compile(asked: bool | None, preset: str, device: torch.device) -> bool:
-    """Whether to compile: as asked, else on CUDA, but not where small models are soon done."""
+    """Whether to compile: as asked, else on CUDA, but not the small models."""
     large = preset not in ("emoji", "prints")
     return device.type == "cuda" and large if asked is None else asked
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seed torch from (seed, step, process): no random state has to be saved or restored."""
+    """Seed torch from (seed, step, process): no random state has to be saved."""
     state = np.random.SeedSequence((seed, step, rank())).generate_state(1)
     torch.manual_seed(int(state[0]))
 
 
 class Stop:
-    """SIGTERM and Ctrl-C let the step end and the run be saved; a second Ctrl-C ends it at once."""
+    """SIGTERM, Ctrl-C: the step ends, the run is saved; a second Ctrl-C ends it at once."""
 
     def __init__(self):
         self.signalled = torch.zeros(1)
@@ -1341,7 +1334,7 @@ def ignore_signals(worker: int) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
+    """The first line of an error's message, or its kind."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -1370,7 +1363,7 @@ def run_script(main, memory: str) -> None:
             text += "; choose another place (--out, --data)"
         print("error:", text, file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(2) if world() > 1 else sys.exit(2)  # do not wait here for the other processes
+        os._exit(2) if world() > 1 else sys.exit(2)  # without waiting for the others
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -1388,7 +1381,7 @@ TOKENIZERS = {
 TOKENIZERS["prints"] = dataclasses.replace(
     TOKENIZERS["emoji"], channels=32, latent_dim=160, heads=5)
 
-LLAMA_SIZES = {  # the paper's names; in brackets its nominal size and the true parameter count
+LLAMA_SIZES = {  # the paper's names, its nominal sizes and the true ones
     "B": dict(layers=12, heads=12, dim=768),      # (111M, 136.2M)
     "L": dict(layers=24, heads=16, dim=1024),     # (343M, 376.6M)
     "XL": dict(layers=36, heads=20, dim=1280),    # (775M, 816.8M)
@@ -1405,7 +1398,7 @@ SHARES = {"dropout", "token_dropout", "class_dropout", "ema"}  # below 1
 
 
 def check_numbers(settings):
-    """The settings. HitaError if one that is a number is negative, not finite or out of range."""
+    """The settings. HitaError if a number is negative, not finite or out of range."""
     for name, value in vars(settings).items():
         for x in value if isinstance(value, tuple) else (value,):
             if not isinstance(x, (bool, str)):
@@ -1430,7 +1423,7 @@ class Parser(argparse.ArgumentParser):
         """The flags that both training scripts have."""
         add = self.add_argument
         add("--preset", choices=presets, help="settings to start from [emoji's, as below]")
-        add("--data", help="folder with train/<class>/... and val/<class>/... [embedded pictures]")
+        add("--data", help="folder with train/<class>/... and val/... [embedded pictures]")
         add("--out", default="out", help="run directory [out]")
         add("--export", metavar="FILE", help="write the weights alone, for others, and stop")
         add("--resume", nargs="?", const="", metavar="FILE",
@@ -1442,7 +1435,7 @@ class Parser(argparse.ArgumentParser):
             help="torch.compile, takes minutes [on CUDA, but for the demo]")
 
     def add_settings(self, settings, skip: tuple[str, ...] = ()) -> None:
-        """A flag for each field of a dataclass instance; its help is the comment behind it."""
+        """A flag for each field of a dataclass; its help is the comment behind it."""
         source = inspect.getsource(type(settings))
         comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE))
         group = self.add_argument_group(type(settings).__name__)
@@ -1462,7 +1455,7 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def override(settings, args: argparse.Namespace):
-    """A copy of a dataclass instance with the flags that were given. HitaError if out of range."""
+    """A copy of the settings with the flags that were given."""
     given = {name: value for name, value in vars(args).items() if hasattr(settings, name)}
     return check_numbers(dataclasses.replace(settings, **given))
 
@@ -1477,10 +1470,9 @@ def embedded_data() -> Path:
     """The folder of the embedded pictures, unpacked beside the zip at first use."""
     folder = EMOJI.with_suffix("")
     if rank() == 0 and not folder.is_dir():
-        check(EMOJI.is_file(), f"{EMOJI} is missing; clone the repository again, or pass --data")
+        check(EMOJI.is_file(), f"{EMOJI} is missing: clone the repository again")
         temporary = folder.with_suffix(f".{os.getpid()}.tmp")
-        with zipfile.ZipFile(EMOJI) as z:
-            z.extractall(temporary)
+        shutil.unpack_archive(EMOJI, temporary)
         with contextlib.suppress(OSError):  # another run may have been faster
             os.replace(temporary, folder)
     barrier()
@@ -1492,14 +1484,14 @@ NOT_DATA = {"__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle
 
 
 def data_entries(folder: str | Path) -> list[os.DirEntry]:
-    """What is in a folder, by name, without what is hidden or kept there by other programs."""
+    """A folder by name, without what is hidden or other programs' own."""
     entries = [entry for entry in os.scandir(folder)
                if entry.name[0] != "." and entry.name.lower() not in NOT_DATA]
     return sorted(entries, key=lambda entry: entry.name)
 
 
 def picture_files(folder: str | Path, depth: int = 8) -> Iterator[str]:
-    """The picture files below a folder, through links; where these lead back, to some depth."""
+    """The picture files below a folder; links are followed, back to some depth."""
     for entry in data_entries(folder):
         if os.path.isdir(entry.path):
             yield from picture_files(entry.path, depth - 1) if depth else ()
@@ -1534,7 +1526,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def read_picture(picture: str | Path | BinaryIO | Image.Image) -> Image.Image:
-    """A file or a PIL picture as on_white gives it; what damaged files raise is of any kind."""
+    """A file or a PIL picture as on_white gives it; damaged files raise anything."""
     if isinstance(picture, Image.Image):
         return on_white(picture)
     with Image.open(picture) as image:
@@ -1542,11 +1534,9 @@ def read_picture(picture: str | Path | BinaryIO | Image.Image) -> Image.Image:
 
 
 def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None = None,
-                crop_range: float = 1.0) -> np.ndarray:
-    """A picture -> (size, size, 3) uint8: the centre crop of ADM's evaluation, or a random one.
-
-    That shows between crop_range of the smaller side and all of it.
-    """
+                crop_range: float = 1.0) -> Tensor:
+    """A picture -> (3, size, size) in [-1, 1]: the centre crop of ADM's evaluation, or with rng a
+    random one that shows between crop_range of the smaller side and all of it."""
     side = size if rng is None else rng.integers(size, math.ceil(size / crop_range) + 1)
     while min(image.size) >= 2 * side:  # halving first avoids aliasing
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -1557,12 +1547,8 @@ def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None =
     x, y = spare[0] // 2, spare[1] // 2
     if rng is not None:
         x, y = int(rng.integers(spare[0] + 1)), int(rng.integers(spare[1] + 1))
-    return np.asarray(image.crop((x, y, x + size, y + size)))
-
-
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 -> (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    pixels = torch.from_numpy(np.array(image.crop((x, y, x + size, y + size))))  # (size, size, 3)
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def load_picture(picture: str | Path | BinaryIO | Image.Image, size: int) -> Tensor:
@@ -1571,7 +1557,7 @@ def load_picture(picture: str | Path | BinaryIO | Image.Image, size: int) -> Ten
     Raises HitaError if it cannot be read.
     """
     try:
-        return to_tensor(crop_square(read_picture(picture), size))[None]
+        return crop_square(read_picture(picture), size)[None]
     except Exception as e:  # damaged files raise nearly everything
         name = picture if isinstance(picture, (str, Path)) else type(picture)
         raise HitaError(f"the picture {name} cannot be read: {first_line(e)}") from e
@@ -1583,7 +1569,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def picture_grid(images: Tensor, columns: int = 8) -> Image.Image:
-    """Images (B, 3, H, W) in about [-1, 1], or uint8 -> one PIL picture with so many columns."""
+    """Images (B, 3, H, W), uint8 or in about [-1, 1] -> a grid as a PIL picture."""
     pixels = images if images.dtype == torch.uint8 else to_uint8(images)
     grid = torchvision.utils.make_grid(pixels.cpu(), columns, pad_value=255)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
@@ -1604,7 +1590,7 @@ class Pictures(torch.utils.data.Dataset):
         self.root, self.split = Path(root) / split, split
         self.size, self.augment, self.crop_range, self.seed = size, augment, crop_range, seed
         folder = Path(root) / "train"
-        check(folder.is_dir(), f"there is no folder {folder}: pictures belong in {folder}/<class>/")
+        check(folder.is_dir(), f"no folder {folder}: pictures belong in {folder}/<class>/")
         self.classes = [entry.name for entry in data_entries(folder)
                         if os.path.isdir(entry.path) and next(picture_files(entry.path), None)]
         folders = [(self.root / name, label) for label, name in enumerate(self.classes)]
@@ -1616,7 +1602,7 @@ class Pictures(torch.utils.data.Dataset):
         return len(self.samples)
 
     def candidates(self, epoch: int, index: int) -> Iterator[int]:
-        """The picture, and what stands in if it cannot be read: first others of its class."""
+        """The picture, and what may stand in for it: first others of its class."""
         yield index
         rng = np.random.default_rng((self.seed, epoch, index, 1))
         others = [label != self.samples[index][1] for _, label in self.samples]
@@ -1630,26 +1616,22 @@ class Pictures(torch.utils.data.Dataset):
             random = self.augment or epoch > 1
             rng = np.random.default_rng((self.seed, epoch, index)) if random else None
             try:
-                pixels = crop_square(read_picture(path), self.size, rng, self.crop_range)
+                image = crop_square(read_picture(path), self.size, rng, self.crop_range)
                 flip = rng.random() < 0.5 if random else epoch == 1
-                return to_tensor(pixels[:, ::-1] if flip else pixels), label
+                return image.flip(-1) if flip else image, label
             except Exception as e:  # damaged files raise nearly everything
                 print(f"skipped {path}: {first_line(e)}", file=sys.stderr, flush=True)
         raise HitaError(f"none of the {len(self)} pictures in {self.root} can be read")
 
     def signature(self) -> list:
-        """What a cache made from these pictures depends on: names, sizes and dates of the files."""
-        files = []
-        for path, label in self.samples:
-            with contextlib.suppress(OSError):  # a link that leads nowhere
-                stat = os.stat(path)
-                name = os.path.relpath(path, self.root)
-                files.append([name, label, stat.st_size, stat.st_mtime_ns])
+        """What a cache of these pictures depends on: names, sizes, dates."""
+        stats = [(path, label, os.lstat(path)) for path, label in self.samples]
+        files = [[os.path.relpath(p, self.root), n, s.st_size, s.st_mtime_ns] for p, n, s in stats]
         return [files, self.size, self.crop_range, self.seed]
 
 
 def validation_pictures(train: Pictures) -> Pictures:
-    """The folder val (valid, validation) beside train; if there is none, about 1,000 of train."""
+    """Of the folder val (valid, validation); without one about 1,000 of train."""
     root = train.root.parent
     for split in ("val", "valid", "validation"):
         if (root / split).is_dir():
@@ -1667,7 +1649,7 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batch(step: int, length: int, batch_size: int, seed: int) -> list[tuple[int, int]]:
-    """(epoch, index) of this process's share of a step; it depends on the arguments alone."""
+    """(epoch, index) of this process's share of a step."""
     share, rest = divmod(batch_size, world())
     check(rest == 0, f"batch_size {batch_size} cannot be divided among {world()} processes")
     first = (step - 1) * batch_size + rank() * share
@@ -1680,7 +1662,7 @@ def batch(step: int, length: int, batch_size: int, seed: int) -> list[tuple[int,
 
 
 def picture_array(path: Path, count: int, size: int) -> np.ndarray:
-    """A file of zeros (count, size, size, 3) uint8 on the disk, to be filled by all processes."""
+    """Zeros (count, size, size, 3) uint8 on the disk, filled by all processes."""
     raw = path.with_name(path.name + ".tmp")
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1690,7 +1672,7 @@ def picture_array(path: Path, count: int, size: int) -> np.ndarray:
 
 
 def pack_pictures(path: Path, pictures: np.ndarray, *labels: np.ndarray) -> None:
-    """Pack what picture_array gave as .npz: pictures as arr_0, as ADM has it, labels as arr_1."""
+    """Pack what picture_array gave as .npz: arr_0, as ADM has it, and labels arr_1."""
     pictures.flush()
     barrier()
     if rank() == 0:
@@ -1719,7 +1701,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, model: nn.Module, clip: float) -> Tensor:
-    """Clip the gradients and take a step -> their norm. HitaError if it is not finite."""
+    """Clip the gradients, take a step -> their norm. HitaError if not finite."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     check(bool(norm.isfinite()), "the run has diverged: a gradient is not finite. The checkpoint "
           "before is untouched: go on from it with --resume and a lower --lr")
@@ -1743,13 +1725,13 @@ class Log:
             path.write_text("".join(x for x in whole if json.loads(x)["step"] <= start))
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Figures of a step: scalars, of which the mean counts, and counts of ids (T, V)."""
+        """Figures of a step: scalars, which are averaged, and counts of ids (T, V)."""
         for name, value in values.items():
             total, times = self.values.get(name, (0, 0))
             self.values[name] = total + value.detach(), times + 1
 
     def write(self, step: int, batch_size: int) -> None:
-        """A line of what was added since the last one, over all processes, and of the speed."""
+        """A line of what was added since the last one, and of the speed."""
         figures = {}
         for name, (total, times) in self.values.items():
             # the only place where the device is waited for
@@ -1778,7 +1760,7 @@ class Log:
 # data (folder, None: embedded), pictures (number), preset, dino_file, tokenizer, tokenizer_hash.
 
 def save_checkpoint(path: Path, data: dict) -> None:
-    """Write to a temporary file and move it into place: `path` is the old file or the new one."""
+    """Write to a temporary file and move it into place: never half a file."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as f:
@@ -1818,7 +1800,7 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
     remedy = f"make one with python {script}, or name a released one (python sample.py --list)"
     check(Path(path).is_file(), f"there is no {kind} checkpoint {path}; {remedy}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # released files hold flags
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of released files
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if "kind" not in data:
             weights = data.get("ema") or data.get("model") or data
@@ -1827,7 +1809,7 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
             data["config"] = check_numbers(Config(**data["config"]))
     except Exception as e:  # zip, pickle and I/O errors of many kinds, or wrong contents
         why = first_line(e) if isinstance(e, (HitaError, TypeError)) else type(e).__name__
-        raise HitaError(f"{path} is no checkpoint that can be read safely ({why}); {remedy}") from e
+        raise HitaError(f"{path} is no checkpoint that reads safely ({why}); {remedy}") from e
     check(data["kind"] == kind, f"{path} holds a {data['kind']}, a {kind} is needed; {remedy}")
     return {"made_from": {}, **data}
 
@@ -1842,7 +1824,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path)
 
 
 def load_model(path: str | Path, kind: str) -> HitaTokenizer | Llama:
-    """The EMA weights of a model, in eval mode on the CPU; made_from says what it was made from."""
+    """EMA weights, in eval mode on the CPU; made_from says what from."""
     data, (_, Model, _) = read_checkpoint(path, kind), KINDS[kind]
     model = Model(data["config"])
     load_weights(model, data["ema"], path)
@@ -1874,7 +1856,7 @@ def load_llama(path: str | Path) -> Llama:
 
 
 def load_dino(name: str, file: str | Path | None = None) -> DINOv2:
-    """A frozen DINOv2 with the weights of a file, or of the Hub. HitaError if there are none."""
+    """A frozen DINOv2, weights of a file or the Hub. HitaError if there are none."""
     load = partial(torch.load, map_location="cpu", weights_only=True)
     if str(file).endswith(".safetensors"):
         load = safetensors.torch.load_file
@@ -1887,7 +1869,7 @@ def load_dino(name: str, file: str | Path | None = None) -> DINOv2:
 
 
 def add_dino(tokenizer: HitaTokenizer, file: str | Path | None = None) -> HitaTokenizer:
-    """The tokenizer with the DINOv2 that it needs, if any: the weights of a file, or the Hub's."""
+    """The tokenizer with the DINOv2 that it needs, if any: of a file, or the Hub."""
     if tokenizer.cfg.uses_dino:
         tokenizer.attach_dino(load_dino(tokenizer.cfg.dino, file))
     return tokenizer
@@ -1931,7 +1913,7 @@ def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str
 
 
 def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
-    """The checkpoint that --resume continues, None for a new run. HitaError for a taken place."""
+    """What --resume continues, None for a new run. HitaError for a taken place."""
     newest, log = Path(args.out, f"{kind}.pt"), Path(args.out, f"{kind}.jsonl")
     path = Path(args.resume or newest)
     if args.resume is None:
@@ -1956,17 +1938,15 @@ FIXED = {"seed", "batch_size", "gan_width", "copies", "pictures"}  # of the reci
 
 
 def check_resume(saved: dict, cfg, recipe, pictures: int) -> None:
-    """Name settings that differ from the checkpoint's. HitaError for one that cannot change."""
+    """HitaError for a setting that cannot change within a run."""
     old = {**vars(saved["config"]), **vars(saved["recipe"]), "pictures": saved["pictures"]}
     new = {**vars(cfg), **vars(recipe), "pictures": pictures}
-    changed = {x: f"{x} is {new[x]} and was {old[x]}" for x in new if new[x] != old[x]}
     fixed = FIXED | vars(cfg).keys() - MAY_DIFFER
-    wrong = [text for name, text in changed.items() if name in fixed]
+    wrong = [f"{x} is {new[x]} and was {old[x]}" for x in new if x in fixed and new[x] != old[x]]
     check(not wrong, f"{', '.join(wrong)}: that cannot change within a run; leave it as it was in "
                      f"{saved['path']}, or start a new run with another --out")
     done = " (all: for more raise --steps)" if saved["step"] >= recipe.steps else ""
-    listed = "; ".join(["", *changed.values()])
-    say(f"resuming {saved['path']} after step {saved['step']}{done}{listed}")
+    say(f"resuming {saved['path']} after step {saved['step']}{done}")
 
 
 def sources(args: argparse.Namespace, earlier: dict) -> tuple[dict, Path]:
@@ -1983,7 +1963,7 @@ def sources(args: argparse.Namespace, earlier: dict) -> tuple[dict, Path]:
 
 
 def export(args: argparse.Namespace, kind: str) -> None:
-    """--export: the weights of a run's model in half precision, and no paths of this machine."""
+    """--export: the weights in half precision, and no paths of this machine."""
     data, path = read_checkpoint(f"{args.out}/{kind}.pt", kind), Path(args.export)
     check(not path.exists(), f"{path} exists already: choose another name, or remove it")
     facts = {name: data[name] for name in ("kind", "step", "classes") if name in data}
@@ -1997,7 +1977,7 @@ def export(args: argparse.Namespace, kind: str) -> None:
 
 
 def restore(saved: dict | None, parts: dict) -> int:
-    """Put the states of a checkpoint, if there is one, into the parts of a run -> steps done."""
+    """Put the states of a checkpoint, if any, into the parts of a run -> steps done."""
     if not saved:
         return 0
     for name, part in parts.items():
@@ -2021,11 +2001,11 @@ RELEASED |= {  # as hita-u-b-250e: ultra/GPT-B/GPT-B-250e.pt
         ("hita-v", "vanilla", "B-50 B-300 L-50 L-300 XL-50 XXL-50 2B-50"),
         ("hita-u", "ultra", "B-50 B-250 L-50 L-250 XL-50 XL-100 XXL-50 XXL-100 2B-50 2B-100"))
     for model in models.split()}
-RELEASED["prints"] = "data/prints-*.pt"  # ours: a pair for the embedded pictures, beside the code
+RELEASED["prints"] = "data/prints-*.pt"  # ours, beside the code
 
 
 def released_file(name: str, kind: str) -> str:
-    """The file of a released model, downloaded at first use. HitaError if it cannot be had."""
+    """The file of a released model, downloaded at first use."""
     if name == "prints":  # no download: it is a part of the repository
         return str(EMOJI.with_name(f"prints-{kind}.pt"))
     try:
@@ -2068,7 +2048,7 @@ RELEASED_LLAMA = {
 
 
 def from_released(weights: dict[str, Tensor]) -> dict:
-    """A released file's tensors as a checkpoint of ours; strict loading finds what does not fit."""
+    """A released file's tensors as a checkpoint of ours."""
     is_llama, ours = "output.weight" in weights, {}
     for key, tensor in weights.items():
         if "backbone" in key or "codebook_used" in key:  # DINOv2, and statistics of use
