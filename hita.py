@@ -1339,10 +1339,8 @@ def first_line(error: BaseException) -> str:
 
 
 def run_script(main, memory: str) -> None:
-    """Call a script's main. What a user or the machine caused is one line, with status 2.
-
-    memory: what helps where a GPU has too little of it.
-    """
+    """Call a script's main. What a user or the machine caused is one line, with status 2; memory
+    says what helps where a GPU has too little."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for odd file names
@@ -1500,10 +1498,7 @@ def picture_files(folder: str | Path, depth: int = 8) -> Iterator[str]:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Any picture as RGB in sRGB: upright by its EXIF data, on white where it is transparent.
-
-    HitaError for pixels that are floats: their range is a guess.
-    """
+    """Any picture as RGB in sRGB, upright by its EXIF data, on white where transparent."""
     check(image.mode != "F", "pixels are floats, save it with 8 or 16 bits")
     image = image.copy()  # loads it, too: PNG files may have all this at their end
     with contextlib.suppress(Exception):  # damaged EXIF blocks raise nearly everything
@@ -1578,10 +1573,10 @@ def picture_grid(images: Tensor, columns: int = 8) -> Image.Image:
 class Pictures(torch.utils.data.Dataset):
     """DIR/<split>/<class>/<picture>: items (epoch, index) -> image (3, size, size), class.
 
-    The classes are the folders in DIR/train that hold pictures, whatever the split. augment: crop
-    and flip follow from (seed, epoch, index), so a resumed run sees the same pictures. Without it
-    epoch 0 is the plain picture, 1 its mirror image, and later ones are augmented. A picture that
-    cannot be read is named, and one of its class stands in. HitaError if there are no pictures.
+    The classes are the folders in DIR/train that hold pictures. augment: crop and flip follow from
+    (seed, epoch, index); without it epoch 0 is the plain picture, 1 its mirror image, later ones
+    are augmented. A picture that cannot be read is named, and one of its class stands in.
+    HitaError if there are no pictures.
     """
 
     def __init__(self, root: str | Path, split: str, size: int, augment: bool = False,
@@ -1653,12 +1648,8 @@ def batch(step: int, length: int, batch_size: int, seed: int) -> list[tuple[int,
     share, rest = divmod(batch_size, world())
     check(rest == 0, f"batch_size {batch_size} cannot be divided among {world()} processes")
     first = (step - 1) * batch_size + rank() * share
-    items = []
-    for position in range(first, first + share):
-        epoch, place = divmod(position, length)
-        index = epoch_order(length, seed, epoch)[place]
-        items.append((epoch, int(index)))
-    return items
+    places = (divmod(position, length) for position in range(first, first + share))
+    return [(epoch, int(epoch_order(length, seed, epoch)[place])) for epoch, place in places]
 
 
 def picture_array(path: Path, count: int, size: int) -> np.ndarray:
@@ -1710,10 +1701,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, model: nn.Module, clip: flo
 
 
 class Log:
-    """Lines of figures, printed and appended as JSON to a file; those after `start` are removed.
-
-    Between the lines figures stay on the device.
-    """
+    """Lines of figures, printed and appended as JSON to a file; without those after `start`."""
 
     def __init__(self, path: Path, steps: int, start: int):
         self.path, self.steps = path, steps
@@ -1734,8 +1722,7 @@ class Log:
         """A line of what was added since the last one, and of the speed."""
         figures = {}
         for name, (total, times) in self.values.items():
-            # the only place where the device is waited for
-            total = all_sum(total.float())
+            total = all_sum(total.float())  # only here the device is waited for
             if total.dim():
                 figures |= usage(name, total)
             else:
@@ -1791,9 +1778,7 @@ KINDS = {"tokenizer": (TokenizerConfig, HitaTokenizer, "train_tokenizer.py"),
 
 def read_checkpoint(path: str | Path, kind: str) -> dict:
     """A file or released model; "config" is a dataclass, "ema" holds weights under our names.
-
-    HitaError if there is none, if it would run code, or if it holds something else.
-    """
+    HitaError if there is none, or one that would run code or holds something else."""
     Config, _, script = KINDS[kind]
     if str(path) in RELEASED and not Path(path).exists():
         path = released_file(str(path), kind)
@@ -1848,8 +1833,7 @@ def load_llama(path: str | Path) -> Llama:
     path: a file, or a name in RELEASED. HitaError if the file is missing or does not fit.
     """
     llama = load_model(path, "llama")
-    # the authors' files do not name their classes
-    llama.classes = llama.classes or IMAGENET[:llama.cfg.num_classes]
+    llama.classes = llama.classes or IMAGENET  # the authors' files do not name them
     if str(path) in RELEASED:
         llama.made_from = {"tokenizer": str(path)[:6]}  # hita-v, hita-u or prints
     return llama
@@ -1894,10 +1878,8 @@ def fingerprint(*parts) -> str:
 
 
 def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str, HitaTokenizer]:
-    """The tokenizer of a Llama: of the flag, or else of the recorded path or the file beside it.
-
-    HitaError if its weights do not have the recorded hash.
-    """
+    """Path and tokenizer of a Llama: the flag's, or else the recorded one or the file beside it.
+    HitaError if its weights do not have the recorded hash."""
     wanted, recorded = made_from.get("tokenizer_hash"), made_from.get("tokenizer")
     check(flag == recorded or not {flag, recorded} <= RELEASED.keys(),
           f"this Llama goes with {recorded}, not with {flag}")
@@ -1950,10 +1932,7 @@ def check_resume(saved: dict, cfg, recipe, pictures: int) -> None:
 
 
 def sources(args: argparse.Namespace, earlier: dict) -> tuple[dict, Path]:
-    """Paths by the flags or else a checkpoint -> those to record, that of the pictures.
-
-    HitaError if pictures of a checkpoint are not there any more.
-    """
+    """Paths by the flags or else a checkpoint -> those to record, that of the pictures."""
     paths = {name: getattr(args, name) or earlier.get(name) for name in ("data", "dino_file")}
     paths = {name: path and os.path.abspath(path) for name, path in paths.items()}
     root = paths["data"]
