@@ -1131,8 +1131,8 @@ from PIL import Image, ImageCms, ImageOps
 
 
 class RevivingQuantizer(VectorQuantizer):
-    """For small data, and not part of Hita: in training, codes that are hardly used are moved onto
-    encoder outputs. At first no code has been used, so the codebook starts from data, too."""
+    """For small data, and not part of Hita: training moves codes that are hardly used onto encoder
+    outputs. At first no code has been used, so the codebook starts from data."""
 
     def __init__(self, size: int, dim: int, beta: float = 0.25):
         super().__init__(size, dim, beta)
@@ -1149,7 +1149,7 @@ class RevivingQuantizer(VectorQuantizer):
     @torch.no_grad()
     def revive(self, z: Tensor) -> None:
         """Put codes with fewer than 0.1 remembered uses onto some of z (B*T, C)."""
-        self.hits *= 0.9  # a single use is forgotten after 22 steps
+        self.hits *= 0.9  # a use is forgotten after 22 steps
         dead = self.hits < 0.1
 
         # of the outputs of all processes, as the first chooses: codebooks stay the same
@@ -1163,16 +1163,16 @@ class RevivingQuantizer(VectorQuantizer):
 
 
 def count_ids(ids: Tensor, size: int) -> Tensor:
-    """How often each id 0 .. size-1 stands at each position: (B, T) -> (T, size)."""
+    """How often each id stands at each position: (B, T) -> (T, size)."""
     counts = torch.zeros(ids.shape[1], size, device=ids.device)
     return counts.scatter_add_(1, ids.T, torch.ones_like(ids.T, dtype=counts.dtype))
 
 
 def usage(name: str, counts: Tensor) -> dict[str, float]:
-    """Counts (T, V) -> share of codes in use; bits, the mean entropy of the ids at a position.
+    """Counts (T, V) -> share of codes in use; bits, the mean entropy at a position.
 
-    Bits say how much a token tells of a picture, at most min(log2 V, log2 of the pictures). A
-    codebook can be in use while every position has its own constant code: that is 0 bits.
+    Bits say how much a token tells of a picture. A codebook can be in use while every position
+    has its own constant code: that is 0 bits.
     """
     counts = counts.cpu().double()  # in this order, since MPS has no float64
     p = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
@@ -1182,8 +1182,8 @@ def usage(name: str, counts: Tensor) -> dict[str, float]:
 
 
 def cumulative_sums(probs: Tensor) -> Tensor:
-    """Cumulative sums (B, V) -> (B, V), within blocks of 128 and then over the blocks: compiled
-    for CUDA (torch 2.11) a cumsum over 16,384 fails."""
+    """Cumulative sums (B, V) -> (B, V), by blocks of 128: compiled for CUDA (torch 2.11) a cumsum
+    over 16,384 fails."""
     V = probs.shape[-1]
     blocks = F.pad(probs, (0, -V % 128)).unflatten(1, (-1, 128))  # (B, blocks, 128)
     inner = blocks.cumsum(dim=-1)
@@ -1194,7 +1194,7 @@ def cumulative_sums(probs: Tensor) -> Tensor:
 def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], size: int) -> None:
     """HitaError unless ids are int64 of this shape, from 0 to size - 1."""
     found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids)
-    check(found == f"torch.int64 {shape}", f"{name} are {found}, expected torch.int64 {shape}")
+    check(found == f"torch.int64 {shape}", f"{name} are {found}, not torch.int64 {shape}")
     wrong = ids[(ids < 0) | (ids >= size)].tolist()
     check(not wrong, f"{name} must be 0 to {size - 1}, not {wrong[:3]}")
 
@@ -1202,16 +1202,15 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], size: int) -> None
 def check_images(images: Tensor, stride: int, dtype: torch.dtype) -> None:
     """HitaError for what is no such tensor; a warning where pictures look like [0, 1]."""
     found = images.dtype if isinstance(images, Tensor) else type(images)
-    check(found == dtype, f"images are {found}, expected a {dtype} tensor in [-1, 1]: "
+    check(found == dtype, f"images are {found}, not a {dtype} tensor in [-1, 1]: "
           "load_picture(file or PIL picture, size) makes one; of bytes take x / 127.5 - 1")
     shape = tuple(images.shape)
     fits = len(shape) == 4 and shape[1] == 3 and not shape[2] % stride and not shape[3] % stride
-    check(fits, f"images are {shape}, expected (B, 3, H, W) with sides divisible by {stride}")
+    check(fits, f"images are {shape}, not (B, 3, H, W) with sides divisible by {stride}")
     low, high = images.min(), images.max()
     check(low > -2 and high < 2, f"pixels are {low:.3g} to {high:.3g}, not in [-1, 1]")
     if 0 <= low < high:
-        warnings.warn("no pixel is below 0: of pictures in [0, 1] encode 2 * x - 1",
-                      stacklevel=3)
+        warnings.warn("no pixel is below 0: of pictures in [0, 1] encode 2 * x - 1", stacklevel=3)
 
 
 def psnr(images: Tensor, recon: Tensor) -> Tensor:
@@ -1280,7 +1279,8 @@ def set_up_device(name: str | None) -> torch.device:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     except (RuntimeError, AssertionError, ValueError) as e:
-        raise HitaError(f"device {name} cannot be used: {first_line(e)}; try --device cpu") from e
+        raise HitaError(f"no device {name} here ({first_line(e)}): try --device cpu") from e
+    torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # with TF32 some ids would be others
     return device
 
@@ -1297,8 +1297,8 @@ def distribute(model: nn.Module) -> nn.Module:
 
 def use_compile(asked: bool | None, preset: str, device: torch.device) -> bool:
     """Whether to compile: as asked, else on CUDA, but not the small models."""
-    large = preset not in ("emoji", "prints")
-    return device.type == "cuda" and large if asked is None else asked
+    return asked if asked is not None else (
+        device.type == "cuda" and preset not in ("emoji", "prints"))
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -1316,10 +1316,10 @@ class Stop:
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame) -> None:
-        """Called by Python when a signal has come."""
+        """A signal has come."""
         self.signalled += 1
         os.write(2, b"stopping after this step\n")
-        if world() == 1:  # torchrun passes Ctrl-C on, so there it always comes twice
+        if world() == 1:  # with torchrun it always comes twice
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def asked(self) -> bool:
@@ -1414,7 +1414,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str):
-        """Called with what is wrong with the command line."""
+        """The command line is wrong."""
         raise HitaError(f"{message}; see --help")
 
     def add_run(self, presets: list[str]) -> None:
@@ -1423,7 +1423,7 @@ class Parser(argparse.ArgumentParser):
         add("--preset", choices=presets, help="settings to start from [emoji's, as below]")
         add("--data", help="folder with train/<class>/... and val/... [embedded pictures]")
         add("--out", default="out", help="run directory [out]")
-        add("--export", metavar="FILE", help="write the weights alone, for others, and stop")
+        add("--export", metavar="FILE", help="write the weights alone and stop")
         add("--resume", nargs="?", const="", metavar="FILE",
             help="go on from this checkpoint, or from the run directory's if there is one")
         add("--init-from", metavar="FILE", help="start from weights: a file or released name")
@@ -1465,7 +1465,7 @@ warnings.filterwarnings("ignore", module="PIL")  # of files with faults that do 
 
 
 def embedded_data() -> Path:
-    """The folder of the embedded pictures, unpacked beside the zip at first use."""
+    """The embedded pictures, unpacked beside the zip at first use."""
     folder = EMOJI.with_suffix("")
     if rank() == 0 and not folder.is_dir():
         check(EMOJI.is_file(), f"{EMOJI} is missing: clone the repository again")
@@ -1530,8 +1530,8 @@ def read_picture(picture: str | Path | BinaryIO | Image.Image) -> Image.Image:
 
 def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None = None,
                 crop_range: float = 1.0) -> Tensor:
-    """A picture -> (3, size, size) in [-1, 1]: the centre crop of ADM's evaluation, or with rng a
-    random one that shows between crop_range of the smaller side and all of it."""
+    """A picture -> (3, size, size) in [-1, 1]: the centre, as ADM's evaluation has it, or with rng
+    a random part that shows between crop_range of the smaller side and all of it."""
     side = size if rng is None else rng.integers(size, math.ceil(size / crop_range) + 1)
     while min(image.size) >= 2 * side:  # halving first avoids aliasing
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -1542,12 +1542,12 @@ def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None =
     x, y = spare[0] // 2, spare[1] // 2
     if rng is not None:
         x, y = int(rng.integers(spare[0] + 1)), int(rng.integers(spare[1] + 1))
-    pixels = torch.from_numpy(np.array(image.crop((x, y, x + size, y + size))))  # (size, size, 3)
+    pixels = torch.from_numpy(np.array(image.crop((x, y, x + size, y + size))))
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def load_picture(picture: str | Path | BinaryIO | Image.Image, size: int) -> Tensor:
-    """A file, by name or open, or a PIL picture -> its centre (1, 3, size, size) in [-1, 1].
+    """A file (name or open) or PIL picture -> its centre (1, 3, size, size) in [-1, 1].
 
     Raises HitaError if it cannot be read.
     """
@@ -1694,8 +1694,8 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 def optimizer_step(optimizer: torch.optim.Optimizer, model: nn.Module, clip: float) -> Tensor:
     """Clip the gradients, take a step -> their norm. HitaError if not finite."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    check(bool(norm.isfinite()), "the run has diverged: a gradient is not finite. The checkpoint "
-          "before is untouched: go on from it with --resume and a lower --lr")
+    check(bool(norm.isfinite()), "the run has diverged, a gradient is not finite: go on from the "
+          "checkpoint before with --resume and a lower --lr")
     optimizer.step()
     return norm
 
@@ -1743,8 +1743,8 @@ class Log:
 
 # ---- Checkpoints: plain tensors and values, loaded with weights_only=True ----
 #
-# kind, step, config, recipe; model, ema, optimizer, ... (states); of a Llama classes; made_from:
-# data (folder, None: embedded), pictures (number), preset, dino_file, tokenizer, tokenizer_hash.
+# kind, step, config, recipe; model, ema, optimizer, ... (states); classes of a Llama; made_from:
+# data (folder, None: embedded), pictures, preset, dino_file, tokenizer, tokenizer_hash.
 
 def save_checkpoint(path: Path, data: dict) -> None:
     """Write to a temporary file and move it into place: never half a file."""
@@ -1757,8 +1757,8 @@ def save_checkpoint(path: Path, data: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise HitaError(f"cannot write {path}, what was there before is untouched; is the disk "
-                        f"full? {first_line(e)}") from e
+        raise HitaError(f"cannot write {path} ({first_line(e)}); what was there before is "
+                        "untouched") from e
 
 
 def save_run(out: Path, kind: str, step: int, cfg, recipe, parts: dict, **facts) -> None:
@@ -1782,7 +1782,7 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
     Config, _, script = KINDS[kind]
     if str(path) in RELEASED and not Path(path).exists():
         path = released_file(str(path), kind)
-    remedy = f"make one with python {script}, or name a released one (python sample.py --list)"
+    remedy = f"make one with python {script}, or see python sample.py --list"
     check(Path(path).is_file(), f"there is no {kind} checkpoint {path}; {remedy}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # of released files
@@ -1792,7 +1792,7 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
             data |= from_released(weights)
         elif data["kind"] == kind:
             data["config"] = check_numbers(Config(**data["config"]))
-    except Exception as e:  # zip, pickle and I/O errors of many kinds, or wrong contents
+    except Exception as e:  # of many kinds, or wrong contents
         why = first_line(e) if isinstance(e, (HitaError, TypeError)) else type(e).__name__
         raise HitaError(f"{path} is no checkpoint that reads safely ({why}); {remedy}") from e
     check(data["kind"] == kind, f"{path} holds a {data['kind']}, a {kind} is needed; {remedy}")
@@ -1820,8 +1820,8 @@ def load_model(path: str | Path, kind: str) -> HitaTokenizer | Llama:
 def load_tokenizer(path: str | Path, dino: str | None = None) -> HitaTokenizer:
     """The EMA weights of a tokenizer, ours or a released one, in eval mode on the CPU.
 
-    path: a file, or prints, hita-v or hita-u. dino: file with the weights of the DINOv2 that
-    encoding needs; those of the Hub adds add_dino. HitaError if a file is missing or does not fit.
+    path: a file, or prints, hita-v or hita-u. dino: file of the DINOv2 that encoding needs; the
+    Hub's adds add_dino. HitaError if a file is missing or does not fit.
     """
     tokenizer = load_model(path, "tokenizer")
     return add_dino(tokenizer, dino) if dino else tokenizer
@@ -1847,9 +1847,8 @@ def load_dino(name: str, file: str | Path | None = None) -> DINOv2:
     try:
         return DINOv2(name, load(file) if file else None)
     except Exception as e:  # files, network, timm: many kinds
-        raise HitaError(f"cannot load {name} from {file or 'the Hub'} ({type(e).__name__}): name "
-                        "a file, such as dinov2_vitl14_reg4_pretrain.pth, with --dino-file, or "
-                        "with --features NAME FILE") from e
+        raise HitaError(f"cannot load {name} from {file or 'the Hub'} ({type(e).__name__}): give "
+                        "--dino-file dinov2_vitl14_reg4_pretrain.pth, or the like") from e
 
 
 def add_dino(tokenizer: HitaTokenizer, file: str | Path | None = None) -> HitaTokenizer:
@@ -1878,8 +1877,8 @@ def fingerprint(*parts) -> str:
 
 
 def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str, HitaTokenizer]:
-    """Path and tokenizer of a Llama: the flag's, or else the recorded one or the file beside it.
-    HitaError if its weights do not have the recorded hash."""
+    """Path and tokenizer of a Llama: the flag's, or else as recorded, or the file beside it.
+    HitaError if the weights do not have the recorded hash."""
     wanted, recorded = made_from.get("tokenizer_hash"), made_from.get("tokenizer")
     check(flag == recorded or not {flag, recorded} <= RELEASED.keys(),
           f"this Llama goes with {recorded}, not with {flag}")
@@ -1899,8 +1898,8 @@ def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
     newest, log = Path(args.out, f"{kind}.pt"), Path(args.out, f"{kind}.jsonl")
     path = Path(args.resume or newest)
     if args.resume is None:
-        check(not newest.exists() and not log.exists(), f"{args.out} holds a run already: continue "
-              "it with --resume, or choose another directory with --out")
+        check(not newest.exists() and not log.exists(), f"{args.out} holds a run already: "
+              "continue it with --resume, or choose another with --out")
         return None
     if not args.resume and not newest.exists():
         return say(f"there is nothing to resume in {args.out}: a new run starts")
@@ -1911,12 +1910,12 @@ def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
         return {**saved, "recipe": Recipe(**saved["recipe"]), "path": path,
                 "pictures": saved["made_from"]["pictures"]}
     except (KeyError, TypeError) as e:
-        raise HitaError(f"{path} holds weights only, or a run of another version: start from its "
-                        f"weights with --init-from {path}") from e
+        raise HitaError(f"{path} holds weights only, or a run of another version: start from "
+                        f"them with --init-from {path}") from e
 
 
-MAY_DIFFER = {"dropout", "token_dropout", "class_dropout", "beta"}  # of the model, within a run
-FIXED = {"seed", "batch_size", "gan_width", "copies", "pictures"}  # of the recipe and the data
+MAY_DIFFER = {"dropout", "token_dropout", "class_dropout", "beta"}  # of a model
+FIXED = {"seed", "batch_size", "gan_width", "copies", "pictures"}  # of a recipe
 
 
 def check_resume(saved: dict, cfg, recipe, pictures: int) -> None:
@@ -1925,8 +1924,8 @@ def check_resume(saved: dict, cfg, recipe, pictures: int) -> None:
     new = {**vars(cfg), **vars(recipe), "pictures": pictures}
     fixed = FIXED | vars(cfg).keys() - MAY_DIFFER
     wrong = [f"{x} is {new[x]} and was {old[x]}" for x in new if x in fixed and new[x] != old[x]]
-    check(not wrong, f"{', '.join(wrong)}: that cannot change within a run; leave it as it was in "
-                     f"{saved['path']}, or start a new run with another --out")
+    check(not wrong, f"{', '.join(wrong)}: that cannot change within a run; leave it, or start "
+                     "a new run with another --out")
     done = " (all: for more raise --steps)" if saved["step"] >= recipe.steps else ""
     say(f"resuming {saved['path']} after step {saved['step']}{done}")
 
@@ -1936,8 +1935,8 @@ def sources(args: argparse.Namespace, earlier: dict) -> tuple[dict, Path]:
     paths = {name: getattr(args, name) or earlier.get(name) for name in ("data", "dino_file")}
     paths = {name: path and os.path.abspath(path) for name, path in paths.items()}
     root = paths["data"]
-    check(args.data or not root or Path(root).is_dir(), f"the checkpoint was made from pictures in "
-          f"{root}, which is not there now: say where they are with --data")
+    check(args.data or not root or Path(root).is_dir(), f"the checkpoint was made from "
+          f"{root}, which is not there now: say where it is with --data")
     return paths, Path(root) if root else embedded_data()
 
 
@@ -1989,13 +1988,13 @@ def released_file(name: str, kind: str) -> str:
         return str(EMOJI.with_name(f"prints-{kind}.pt"))
     try:
         return huggingface_hub.hf_hub_download(HUB, RELEASED[name])
-    except Exception as e:  # network, server, disk: the library raises many kinds
+    except Exception as e:  # of many kinds
         url = huggingface_hub.hf_hub_url(HUB, RELEASED[name])
         raise HitaError(f"cannot fetch {name} from the Hub ({type(e).__name__}): download {url} "
                         "elsewhere and name the file: --tokenizer, --llama") from e
 
 
-RELEASED_TOKENIZER = {  # part of a name in the released file -> part of ours; order matters
+RELEASED_TOKENIZER = {  # part of their name -> part of ours; order matters
     "encode_transformer.carrier_tokens": "extractor.queries",
     "encode_transformer.pos_embed": "extractor.positions",
     "encode_transformer.proj.mlp": "extractor.dino_proj",

@@ -632,16 +632,6 @@ def test_llama_first_patch_attends_uniformly_and_patches_know_row_and_column():
     assert torch.allclose(torch.atan2(sin, cos)[cell], expected, atol=1e-5)
 
 
-def test_llama_steps_in_bfloat16_stay_near_the_float32_forward():
-    llama, class_ids = tiny_llama(), torch.arange(5)
-    half = copy.deepcopy(llama)
-    for p in half.parameters():  # as sample.py does on CUDA
-        p.data = p.data.bfloat16()
-    cached, found = logits_of_steps(half, class_ids, top_k=1)
-    full = torch.cat(llama(class_ids, found[:, :6], found[:, 6:]), dim=1)
-    assert (cached - full).abs().max() < 0.1 * full.std() and not torch.equal(cached, full)
-
-
 def test_llama_step_can_be_traced_as_a_whole_reads_a_growing_part_of_the_cache_draws_the_same():
     llama, lengths = tiny_llama(grid=12, layers=1), []  # 6 + 144 tokens: 128, then all
     draw = lambda: torch.cat(llama.generate(torch.arange(2), 2.0, seed=1), dim=1)
@@ -697,23 +687,10 @@ def test_llama_draws_a_picture_alike_whatever_is_made_beside_it():
     assert len(draw(4, 4, 4).unique(dim=0)) == 3 and many.min() >= 0 and many.max() < 32
 
 
-def test_llama_tokens_are_drawn_with_their_probabilities():
-    llama = tiny_llama(num_global=0, grid=1, patch_codebook_size=4, num_classes=1)
-    class_ids = ids(20_000)
-    _, drawn = llama.generate(class_ids)
-    logits = llama(class_ids[:1], ids(1, 0), ids(1, 1))[1]
-    shares = drawn.flatten().bincount(minlength=4) / len(class_ids)
-    assert shares.tolist() == pytest.approx(logits[0, 0].softmax(-1).tolist(), abs=0.02)
-
-
-@pytest.mark.parametrize("V", [1, 127, 128, 129, 16384])
-def test_llama_sums_in_blocks_equal_plain_ones(V):
-    probs = torch.rand(3, V).softmax(dim=-1)
-    sums = hita.cumulative_sums(probs)
-    assert torch.allclose(sums, probs.cumsum(dim=-1), atol=1e-5) and (sums.diff() > -1e-6).all()
-
-
-def test_llama_never_draws_an_id_of_probability_0():
+def test_llama_draws_by_cumulative_sums_and_never_an_id_of_probability_0():
+    for V in (1, 127, 128, 129, 16384):  # sums are taken in blocks
+        probs = torch.rand(3, V).softmax(dim=-1)
+        assert torch.allclose(hita.cumulative_sums(probs), probs.cumsum(dim=-1), atol=1e-5)
     probs = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]])
     draw = lambda u: hita.draw(probs, torch.tensor([[u]])).item()
     assert [draw(u) for u in (0.0, 0.29, 0.31, 1 - 2 ** -24)] == [1, 1, 3, 3]
@@ -1236,8 +1213,8 @@ def test_bad_pictures_are_named_and_replaced_by_others_of_their_class(tmp_path, 
 
 
 def test_data_folders_without_pictures_are_refused(tmp_path):
-    for message in ("there is no folder", "no pictures in"):
-        with pytest.raises(hita.HitaError, match=f"{message}.*train/<class>/"):
+    for message in ("no folder", "no pictures in"):
+        with pytest.raises(hita.HitaError, match=f"{message}.*/<class>/"):
             hita.Pictures(tmp_path, "train", 16)
         (tmp_path / "train" / "cat").mkdir(parents=True, exist_ok=True)
 
@@ -1463,7 +1440,7 @@ RUN = [*SMALL[:-10], "--batch-size", 7, "--log-every", 1, "--eval-every", 5, "--
        "--crop-range", 0.7, "--gan-start", 4, "--gan-width", 8, "--steps", 12]
 
 
-@pytest.mark.parametrize("after", [(1,), (4, 1), (5, 6), (11,)])
+@pytest.mark.parametrize("after", [(1,), (4, 1), (5, 6)])
 def test_a_resumed_tokenizer_run_equals_an_uninterrupted_one(after, script, monkeypatch):
     """Bit for bit; batches of 7 of 30 pictures, so that no stop is at the end of an epoch; before
     and after the discriminator."""
@@ -1553,15 +1530,6 @@ def test_a_signal_ends_a_run_after_its_step(tmp_path):
     assert process.wait(30) == 0 and "stopped after step" in text, text
     stopped = int(re.search(r"stopped after step (\d+)", text)[1])
     assert torch.load(out / "tokenizer.pt", weights_only=True)["step"] == stopped
-
-
-def test_a_second_ctrl_c_ends_a_run_at_once(script):
-    stop = hita.Stop()
-    assert not stop.asked()
-    signal.raise_signal(signal.SIGTERM)
-    assert stop.asked()
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
 
 
 def test_parts_of_a_batch_and_recomputed_activations_give_the_same_losses(script):
@@ -1814,43 +1782,19 @@ def test_released_sampling_needs_codebooks_of_one_size(tmp_path, script):
         script("sample.py", "--num", 1, "--released-sampling")
 
 
-def test_many_pictures_go_to_an_npz_file_whatever_the_number_of_processes(script, tmp_path):
+def test_many_pictures_go_to_an_npz_file_however_many_processes(script, tmp_path, monkeypatch):
     save_tiny(tmp_path / "out")
     script("sample.py", "--count", 130, "--npz", "one.npz")
     result = shell("sample.py", "--out", tmp_path / "out", "--count", 130, "--npz",
                    tmp_path / "two.npz", processes=2)
     assert result.returncode == 0 and "130 pictures in" in result.stdout, result.stderr
-    files = [np.load(f"{name}.npz") for name in ("one", "two")]
-    one, two = (file["arr_0"] for file in files)
-    assert one.shape == (130, 16, 16, 3) and one.dtype == np.uint8 and np.array_equal(one, two)
-    labels = files[1]["arr_1"]
-    assert labels.dtype == np.int64 and np.array_equal(labels, np.arange(130) % 5)
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_compiled_chunks_have_one_size_and_give_the_same_pictures(script, tmp_path, monkeypatch):
-    save_tiny(tmp_path / "out")
-    monkeypatch.setattr(sample, "CHUNK", 4)
-    sizes, step = set(), hita.Llama.step
-    monkeypatch.setattr(hita.Llama, "step", lambda self, x, *args: (
-        sizes.add(len(x)), step(self, x, *args))[1])
     monkeypatch.setattr(torch, "compile", lambda step, **how: step)
-    for flags in ([], ["--compile"]):
-        sizes.clear()
-        script("sample.py", "--count", 10, "--npz", f"{len(flags)}.npz", *flags)
-    assert sizes == {2 * 4}  # with the class and without
-    one, two = (np.load(f"{n}.npz")["arr_0"] for n in (0, 1))
-    assert len(one) == 10 and np.array_equal(one, two)
-
-
-def test_a_gpu_with_too_little_memory_gets_advice(monkeypatch, capsys):
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore")
-
-    with pytest.raises(SystemExit):
-        hita.run_script(main, "--recompute")
-    assert capsys.readouterr().err == (
-        "error: CUDA out of memory. Tried to allocate 9 GiB. What helps: --recompute\n")
+    script("sample.py", "--count", 130, "--npz", "three.npz", "--compile")  # in chunks of one size
+    one, *others = (np.load(f"{name}.npz") for name in ("one", "two", "three"))
+    assert one["arr_0"].shape == (130, 16, 16, 3) and one["arr_0"].dtype == np.uint8
+    assert one["arr_1"].dtype == np.int64 and np.array_equal(one["arr_1"], np.arange(130) % 5)
+    assert all(np.array_equal(one[x], other[x]) for other in others for x in ("arr_0", "arr_1"))
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_single_pictures_are_named_stay_in_their_folder_and_replace_their_like(tmp_path):

@@ -82,11 +82,9 @@ def main():
 
     # ---- tokenizer and data; they decide what the Llama has to predict
     device = hita.set_up_device(args.device)
-    torch.backends.cudnn.benchmark = True
-    parts_of_batch = hita.world() * recipe.accumulate
-    hita.check(recipe.batch_size % parts_of_batch == 0, f"the batch of {recipe.batch_size} cannot "
-               f"be divided among {hita.world()} processes in {recipe.accumulate} parts; change "
-               "--batch-size or --accumulate")
+    shares = hita.world() * recipe.accumulate
+    hita.check(recipe.batch_size % shares == 0, f"batch_size {recipe.batch_size} is not divisible "
+               f"by {shares}, the processes times accumulate")
     out = Path(args.out)
     earlier = saved["made_from"] if saved else {}
     beside = (saved["path"].parent if saved else out) / "tokenizer.pt"
@@ -124,11 +122,11 @@ def main():
     tokenizer.attach_dino(None)  # it has done its work
 
     # ---- optimizer; what is saved is what has a state
-    decayed = [p for p in llama.parameters() if p.dim() >= 2]
-    others = [p for p in llama.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay},
-              {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+    parameters = list(llama.parameters())
+    groups = [{"params": [p for p in parameters if p.dim() >= 2]},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, recipe.lr, (0.9, 0.95), fused=True,
+                                  weight_decay=recipe.weight_decay)
     parts = {"model": llama, "ema": ema, "optimizer": optimizer}
     start = hita.restore(saved, parts)
     losses = hita.llama_losses
@@ -142,9 +140,8 @@ def main():
     # ---- the loop; random numbers and data follow from (seed, step)
     log, stop = hita.Log(out / "llama.jsonl", recipe.steps, start), hita.Stop()
     facts = {"classes": train.classes, "made_from": made_from}
-    parameters = sum(p.numel() for p in llama.parameters())
-    hita.say(f"llama of {parameters / 1e6:.1f}M parameters, {len(tokens)} rows of ids of "
-             f"{train.root} by {path}, {device} x {hita.world()}\n{cfg}\n{recipe}")
+    hita.say(f"llama of {sum(p.numel() for p in parameters) / 1e6:.1f}M parameters, {len(tokens)} "
+             f"rows of ids of {train.root} by {path}, {device} x {hita.world()}\n{cfg}\n{recipe}")
     for step in range(start + 1, recipe.steps + 1):
         items = hita.batch(step, len(tokens), recipe.batch_size, recipe.seed)
         rows = to_device(tokens[[index for _, index in items]], device)  # (B, 1 + M + N)

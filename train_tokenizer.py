@@ -63,8 +63,7 @@ RECIPES = {
         workers=0),
 }
 RECIPES["prints"] = dataclasses.replace(
-    RECIPES["emoji"], steps=2041, batch_size=64, gan_start=1796, eval_every=500,
-    workers=4)
+    RECIPES["emoji"], steps=2041, batch_size=64, gan_start=1796, eval_every=500, workers=4)
 
 
 def main():
@@ -94,9 +93,7 @@ def main():
                f"of at least 24 pixels, image_size is {cfg.image_size}; train with --gan-weight 0")
 
     # ---- data and models, the same in every process
-    device = hita.set_up_device(args.device)
-    torch.backends.cudnn.benchmark = True
-    earlier = saved["made_from"] if saved else {}
+    device, earlier = hita.set_up_device(args.device), saved["made_from"] if saved else {}
     made_from, root = hita.sources(args, earlier)
     train = hita.Pictures(root, "train", cfg.image_size, True, recipe.crop_range, recipe.seed)
     val = hita.validation_pictures(train)
