@@ -477,8 +477,7 @@ class Centring(nn.Module):
             z, mean, var = z.float(), self.mean.float(), self.var.float()
             # evaluation and encode use what training has seen, and do not add to it
             if self.training and torch.is_grad_enabled():
-                check(len(z) * world() > 1, "centring needs a batch of at least two pictures: "
-                                            "raise --batch-size, or give --no-centre")
+                check(len(z) * world() > 1, "centring needs two pictures: raise --batch-size")
                 # over the batch and, where the statistics are common ones, over positions
                 dims = (0,) if len(mean) > 1 else (0, 1)
                 # all_mean (Part 2) is over the processes. The gradient passes through both;
@@ -644,8 +643,7 @@ class HitaTokenizer(nn.Module):
         """Frozen features (B, 257, dino_dim), None where the configuration does without."""
         if not self.cfg.uses_dino:
             return None
-        check(self.dino is not None, f"encoding needs {self.cfg.dino}: hita.add_dino(tokenizer) "
-                                     "fetches it, hita.add_dino(tokenizer, file) reads it")
+        check(self.dino is not None, f"encoding needs {self.cfg.dino}: add_dino(tokenizer, file)")
         return self.dino.to(images.device)(images).type_as(images)
 
     def embed(self, images: Tensor, dino_tokens: Tensor | None) -> tuple[Tensor | None, Tensor]:
@@ -976,8 +974,8 @@ class Llama(nn.Module):
         B = class_ids.numel() if isinstance(class_ids, Tensor) else 1
         check_ids("class ids", class_ids, (max(B, 1),), cfg.num_classes)
         sizes = cfg.global_codebook_size, cfg.patch_codebook_size
-        check(not (released_sampling and M) or sizes[0] == sizes[1], "released_sampling looks a "
-              f"global id up in the patch table: it needs codebooks of one size, not {sizes}")
+        check(not (released_sampling and M) or sizes[0] == sizes[1],
+              f"released_sampling needs codebooks of one size, not {sizes}")
         check(seed >= 0, f"seed is {seed}, it must be 0 or more")
         ids = class_ids.new_empty(len(class_ids), 0) if given is None else given
         total = M + cfg.num_patches
@@ -1118,21 +1116,18 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-import huggingface_hub
+import huggingface_hub.utils
 import safetensors.torch
 import torch.distributed as dist
 import torchvision
-from huggingface_hub.utils import logging as hub_logging
 from PIL import Image, ImageCms, ImageOps
 
 
 class RevivingQuantizer(VectorQuantizer):
-    """For small data, and not part of Hita: training moves codes that are hardly used onto encoder
-    outputs. At first no code has been used, so the codebook starts from data."""
+    """For small data, not part of Hita: training moves unused codes, at first all, onto outputs of
+    the encoder."""
 
     def __init__(self, size: int, dim: int, beta: float = 0.25):
         super().__init__(size, dim, beta)
@@ -1182,8 +1177,8 @@ def usage(name: str, counts: Tensor) -> dict[str, float]:
 
 
 def cumulative_sums(probs: Tensor) -> Tensor:
-    """Cumulative sums (B, V) -> (B, V), by blocks of 128: compiled for CUDA (torch 2.11) a cumsum
-    over 16,384 fails."""
+    """Cumulative sums (B, V) -> (B, V), by blocks: compiled for CUDA (torch 2.11) one over 16,384
+    fails."""
     V = probs.shape[-1]
     blocks = F.pad(probs, (0, -V % 128)).unflatten(1, (-1, 128))  # (B, blocks, 128)
     inner = blocks.cumsum(dim=-1)
@@ -1488,8 +1483,8 @@ def data_entries(folder: str | Path) -> list[os.DirEntry]:
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def picture_files(folder: str | Path, depth: int = 8) -> Iterator[str]:
-    """The picture files below a folder; links are followed, back to some depth."""
+def picture_files(folder: str | Path, depth: int = 8):
+    """One by one the picture files below a folder; links are followed, back to some depth."""
     for entry in data_entries(folder):
         if os.path.isdir(entry.path):
             yield from picture_files(entry.path, depth - 1) if depth else ()
@@ -1520,7 +1515,7 @@ def on_white(image: Image.Image) -> Image.Image:
     return image
 
 
-def read_picture(picture: str | Path | BinaryIO | Image.Image) -> Image.Image:
+def read_picture(picture) -> Image.Image:
     """A file or a PIL picture as on_white gives it; damaged files raise anything."""
     if isinstance(picture, Image.Image):
         return on_white(picture)
@@ -1546,7 +1541,7 @@ def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None =
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def load_picture(picture: str | Path | BinaryIO | Image.Image, size: int) -> Tensor:
+def load_picture(picture, size: int) -> Tensor:
     """A file (name or open) or PIL picture -> its centre (1, 3, size, size) in [-1, 1].
 
     Raises HitaError if it cannot be read.
@@ -1596,8 +1591,8 @@ class Pictures(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def candidates(self, epoch: int, index: int) -> Iterator[int]:
-        """The picture, and what may stand in for it: first others of its class."""
+    def candidates(self, epoch: int, index: int):
+        """The picture, then what may stand in for it: first others of its class."""
         yield index
         rng = np.random.default_rng((self.seed, epoch, index, 1))
         others = [label != self.samples[index][1] for _, label in self.samples]
@@ -1626,11 +1621,10 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def validation_pictures(train: Pictures) -> Pictures:
-    """Of the folder val (valid, validation); without one about 1,000 of train."""
+    """Of the folder val; without one about 1,000 of train."""
     root = train.root.parent
-    for split in ("val", "valid", "validation"):
-        if (root / split).is_dir():
-            return Pictures(root, split, train.size)
+    if (root / "val").is_dir():
+        return Pictures(root, "val", train.size)
     say(f"{root} has no folder val: figures called train_... are of training pictures")
     some = copy.copy(train)
     some.augment, some.samples = False, train.samples[::max(1, len(train) // 1000)]
@@ -1750,10 +1744,7 @@ def save_checkpoint(path: Path, data: dict) -> None:
     """Write to a temporary file and move it into place: never half a file."""
     temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as f:
-            torch.save(data, f)
-            f.flush()
-            os.fsync(f.fileno())
+        torch.save(data, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
@@ -1914,15 +1905,14 @@ def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
                         f"them with --init-from {path}") from e
 
 
-MAY_DIFFER = {"dropout", "token_dropout", "class_dropout", "beta"}  # of a model
-FIXED = {"seed", "batch_size", "gan_width", "copies", "pictures"}  # of a recipe
+FIXED = {"seed", "batch_size", "gan_width", "copies", "pictures"}  # beside the model's settings
 
 
 def check_resume(saved: dict, cfg, recipe, pictures: int) -> None:
     """HitaError for a setting that cannot change within a run."""
     old = {**vars(saved["config"]), **vars(saved["recipe"]), "pictures": saved["pictures"]}
     new = {**vars(cfg), **vars(recipe), "pictures": pictures}
-    fixed = FIXED | vars(cfg).keys() - MAY_DIFFER
+    fixed = FIXED | vars(cfg).keys()
     wrong = [f"{x} is {new[x]} and was {old[x]}" for x in new if x in fixed and new[x] != old[x]]
     check(not wrong, f"{', '.join(wrong)}: that cannot change within a run; leave it, or start "
                      "a new run with another --out")
@@ -1946,10 +1936,8 @@ def export(args: argparse.Namespace, kind: str) -> None:
     check(not path.exists(), f"{path} exists already: choose another name, or remove it")
     facts = {name: data[name] for name in ("kind", "step", "classes") if name in data}
     facts["ema"] = {name: as_exported(tensor) for name, tensor in data["ema"].items()}
-    made = {**data["made_from"], "dino_file": None}
+    made = {**data["made_from"], "dino_file": None, "tokenizer": None}
     made["data"] = "/elsewhere" if made.get("data") else None
-    if made.get("tokenizer") not in RELEASED:
-        made["tokenizer"] = None
     save_checkpoint(path, {**facts, "config": vars(data["config"]), "made_from": made})
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
@@ -1971,7 +1959,7 @@ def restore(saved: dict | None, parts: dict) -> int:
 
 IMAGENET = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
 HUB = "yexiguafu/hita-gen"
-hub_logging.set_verbosity_error()  # the library warns of every retry
+huggingface_hub.utils.logging.set_verbosity_error()  # the library warns of every retry
 RELEASED = {"hita-v": "vanilla/tokenizer/hita-tok.pt", "hita-u": "ultra/tokenizer/hita-ultra.pt"}
 RELEASED |= {  # as hita-u-b-250e: ultra/GPT-B/GPT-B-250e.pt
     f"{tokenizer}-{model.lower()}e": f"{folder}/GPT-{model.split('-')[0]}/GPT-{model}e.pt"
