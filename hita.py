@@ -1169,7 +1169,7 @@ def usage(name: str, counts: Tensor) -> dict[str, float]:
     Bits say how much a token tells of a picture. A codebook can be in use while every position
     has its own constant code: that is 0 bits.
     """
-    counts = counts.cpu().double()  # in this order, since MPS has no float64
+    counts = counts.cpu().double()  # MPS has no float64
     p = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     bits = torch.special.entr(p).sum(dim=1).mean() / math.log(2)
     return {f"{name}_use": (counts.sum(dim=0) > 0).double().mean().item(),

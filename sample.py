@@ -333,7 +333,6 @@ def complete(args, device: torch.device) -> tuple[Tensor, int]:
                f"{len(args.complete)} pictures; --class wants one, or one for each")
     hita.add_dino(tokenizer, args.dino_file or tokenizer.made_from.get("dino_file"))
     cfg, images = tokenizer.cfg, read(args.complete, tokenizer, device)
-    hita.check(cfg.grid > 1, "this tokenizer has one row of patches: there is nothing to complete")
     lines = round(args.keep * cfg.grid)  # rows of cells that are given
     hita.check(0 < lines < cfg.grid, f"--keep {args.keep} gives {lines} of {cfg.grid} rows of "
                "patches; at least one must be given and one drawn")
@@ -344,7 +343,7 @@ def complete(args, device: torch.device) -> tuple[Tensor, int]:
     given[:, :, line:] = images[:, :, :line].mean(dim=(2, 3), keepdim=True)
     all_ids = tokenizer.encode(images if args.globals == "full" else given)
     draw, rows = drawing(args, llama), []
-    for i, path in enumerate(args.complete):
+    for i in range(len(images)):
         class_ids = torch.full((args.num,), chosen[i % len(chosen)], device=device)
         global_ids = all_ids[0][i].expand(args.num, -1)
         patch_ids = all_ids[1][i].expand(args.num, -1)
@@ -353,8 +352,6 @@ def complete(args, device: torch.device) -> tuple[Tensor, int]:
         known = torch.cat([global_ids, patch_ids[:, :kept]], dim=1)  # (num, M + R - k)
         ids = draw(class_ids, given=known)
         row = torch.cat([images[i:i + 1], given[i:i + 1], decode(tokenizer, *ids)])
-        quality = hita.psnr(row[:1, :, :line], row[2:, :, :line]).mean()
-        print(f"{path}: PSNR of the given part {quality:.2f} dB, global tokens: {args.globals}")
 
         # a red line ends the part that is given
         red = row.new_tensor([1, -1, -1])[:, None, None]
