@@ -1651,6 +1651,7 @@ def test_a_completion_keeps_what_is_given(shown, source, monkeypatch):
     found = torch.cat(decode.call_args.args[1:], dim=1)
     g, p = tokenizer.encode(image if source == "full" else visible)
     assert torch.equal(found[:, 6:6 + 8 - 2], p[:, :6].expand(3, -1))  # two rows but the last k
+    assert not torch.equal(found[:, 12:14], p[:, 6:8].expand(3, -1))
     assert torch.equal(found[:, :6], g.expand(3, -1)) == (source != "sampled")
     assert not torch.equal(found[0, 14:], found[1, 14:])
     save_tiny(Path("one"), tiny(image_size=4), tiny_llama(grid=1))  # has one row of patches
