@@ -74,8 +74,8 @@ class TokenizerConfig:
     global_code_dim: int = 12  # width of a global code
     patch_code_dim: int = 8  # width of a patch code
     beta: float = 0.25  # weight of the commitment term
-    centre: bool = False  # to mean 0, variance 1 before quantizing; short trainings
-    revive_codes: bool = False  # move unused codes onto encoder outputs; small data
+    centre: bool = False  # mean 0, variance 1 before quantizing; for short trainings
+    revive_codes: bool = False  # move unused codes onto encoder outputs; for small data
     k: int = 4  # positions by which the decoder's window starts before the patches
     dino: str = "vit_large_patch14_reg4_dinov2.lvd142m"  # timm name of the DINOv2, or none
     dino_dim: int = 1024  # feature width of the DINOv2
@@ -292,7 +292,7 @@ class DINOv2(nn.Module):
                  pretrained: bool = True):
         super().__init__()
         import timm  # slow to import, and decoding does without
-        given = {"state_dict": weights} if weights else {}  # timm does not fetch
+        given = {"state_dict": weights} if weights else {}  # then timm does not fetch
         self.vit = timm.create_model(name, pretrained, num_classes=0, img_size=self.SIZE,
                                      pretrained_cfg_overlay=given)
         self.vit.pretrained_cfg.pop("state_dict", None)  # timm keeps a second copy
@@ -1177,8 +1177,7 @@ def usage(name: str, counts: Tensor) -> dict[str, float]:
 
 
 def cumulative_sums(probs: Tensor) -> Tensor:
-    """Cumulative sums (B, V) -> (B, V), by blocks: compiled for CUDA (torch 2.11) one over 16,384
-    fails."""
+    """Cumulative sums (B, V) -> (B, V), by blocks: torch 2.11 cannot compile one over 16,384."""
     V = probs.shape[-1]
     blocks = F.pad(probs, (0, -V % 128)).unflatten(1, (-1, 128))  # (B, blocks, 128)
     inner = blocks.cumsum(dim=-1)
@@ -1195,7 +1194,7 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], size: int) -> None
 
 
 def check_images(images: Tensor, stride: int, dtype: torch.dtype) -> None:
-    """HitaError for what is no such tensor; a warning where pictures look like [0, 1]."""
+    """HitaError unless (B, 3, H, W) in [-1, 1]; a warning where it looks like [0, 1]."""
     found = images.dtype if isinstance(images, Tensor) else type(images)
     check(found == dtype, f"images are {found}, not a {dtype} tensor in [-1, 1]: "
           "load_picture(file or PIL picture, size) makes one; of bytes take x / 127.5 - 1")
@@ -1275,7 +1274,6 @@ def set_up_device(name: str | None) -> torch.device:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     except (RuntimeError, AssertionError, ValueError) as e:
         raise HitaError(f"no device {name} here ({first_line(e)}): try --device cpu") from e
-    torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # with TF32 some ids would be others
     return device
 
@@ -1353,7 +1351,7 @@ def run_script(main, memory: str) -> None:
         elif isinstance(e, torch.OutOfMemoryError):
             text += f" What helps: {memory}"
         elif isinstance(e, OSError):
-            text += "; choose another place (--out, --data)"
+            text += "; choose another place"
         print("error:", text, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2) if world() > 1 else sys.exit(2)  # without waiting for the others
@@ -1477,14 +1475,14 @@ NOT_DATA = {"__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle
 
 
 def data_entries(folder: str | Path) -> list[os.DirEntry]:
-    """A folder by name, without what is hidden or other programs' own."""
+    """A folder's entries by name, without what is hidden or other programs' own."""
     entries = [entry for entry in os.scandir(folder)
                if entry.name[0] != "." and entry.name.lower() not in NOT_DATA]
     return sorted(entries, key=lambda entry: entry.name)
 
 
 def picture_files(folder: str | Path, depth: int = 8):
-    """One by one the picture files below a folder; links are followed, back to some depth."""
+    """The picture files below a folder, through links, `depth` folders deep."""
     for entry in data_entries(folder):
         if os.path.isdir(entry.path):
             yield from picture_files(entry.path, depth - 1) if depth else ()
@@ -1587,6 +1585,9 @@ class Pictures(torch.utils.data.Dataset):
         self.samples = [(path, label) for folder, label in folders if folder.is_dir()
                         for path in picture_files(folder)]
         check(len(self) > 0, f"no pictures in {self.root}/<class>/, of classes as in {folder}")
+        others = [x.name for x in data_entries(self.root) if x.name not in self.classes]
+        if others:
+            say(f"left out in {self.root}, no classes of {folder}: {', '.join(others[:5])}")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -1615,8 +1616,11 @@ class Pictures(torch.utils.data.Dataset):
 
     def signature(self) -> list:
         """What a cache of these pictures depends on: names, sizes, dates."""
-        stats = [(path, label, os.lstat(path)) for path, label in self.samples]
-        files = [[os.path.relpath(p, self.root), n, s.st_size, s.st_mtime_ns] for p, n, s in stats]
+        files = []
+        for path, label in self.samples:
+            stat = os.stat(path) if os.path.exists(path) else os.lstat(path)
+            name = os.path.relpath(path, self.root)
+            files.append([name, label, stat.st_size, stat.st_mtime_ns])
         return [files, self.size, self.crop_range, self.seed]
 
 
@@ -1695,13 +1699,12 @@ def optimizer_step(optimizer: torch.optim.Optimizer, model: nn.Module, clip: flo
 
 
 class Log:
-    """Lines of figures, printed and appended as JSON to a file; without those after `start`."""
+    """Lines of figures, printed and appended as JSON to a file; lines after `start` are removed."""
 
     def __init__(self, path: Path, steps: int, start: int):
         self.path, self.steps = path, steps
         self.values, self.last, self.since = {}, start, time.time()  # name: (sum, times)
-        if rank() == 0:
-            path.touch()  # from now on another run refuses to start here
+        if rank() == 0 and path.exists():
             lines = path.read_text().splitlines(keepends=True)
             whole = [x for x in lines if x.endswith("}\n")]  # not what a killed write left
             path.write_text("".join(x for x in whole if json.loads(x)["step"] <= start))
@@ -1800,7 +1803,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path)
 
 
 def load_model(path: str | Path, kind: str) -> HitaTokenizer | Llama:
-    """EMA weights, in eval mode on the CPU; made_from says what from."""
+    """EMA weights, in eval mode on the CPU; `made_from` says of what."""
     data, (_, Model, _) = read_checkpoint(path, kind), KINDS[kind]
     model = Model(data["config"])
     load_weights(model, data["ema"], path)
@@ -1811,8 +1814,8 @@ def load_model(path: str | Path, kind: str) -> HitaTokenizer | Llama:
 def load_tokenizer(path: str | Path, dino: str | None = None) -> HitaTokenizer:
     """The EMA weights of a tokenizer, ours or a released one, in eval mode on the CPU.
 
-    path: a file, or prints, hita-v or hita-u. dino: file of the DINOv2 that encoding needs; the
-    Hub's adds add_dino. HitaError if a file is missing or does not fit.
+    path: a file, or prints, hita-v or hita-u. dino: file of the DINOv2 that encoding needs;
+    add_dino fetches the Hub's. HitaError if a file is missing or does not fit.
     """
     tokenizer = load_model(path, "tokenizer")
     return add_dino(tokenizer, dino) if dino else tokenizer
@@ -1838,8 +1841,9 @@ def load_dino(name: str, file: str | Path | None = None) -> DINOv2:
     try:
         return DINOv2(name, load(file) if file else None)
     except Exception as e:  # files, network, timm: many kinds
-        raise HitaError(f"cannot load {name} from {file or 'the Hub'} ({type(e).__name__}): give "
-                        "--dino-file dinov2_vitl14_reg4_pretrain.pth, or the like") from e
+        raise HitaError(f"cannot load {name} from {file or 'the Hub'} ({type(e).__name__}): name "
+                        "a file, as dinov2_vitl14_reg4_pretrain.pth, by --dino-file, of --fd by "
+                        "--features NAME FILE") from e
 
 
 def add_dino(tokenizer: HitaTokenizer, file: str | Path | None = None) -> HitaTokenizer:
@@ -1880,8 +1884,8 @@ def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str
             if wanted in (None, fingerprint(tokenizer)):
                 return path, tokenizer
     raise HitaError(f"{places[0]} is not there, or not (any more) the tokenizer of this Llama: "
-                    "name the right one with --tokenizer, or train a Llama on it with python "
-                    f"train_ar.py --tokenizer {places[0]} --out NEW_DIR")
+                    "name the right one with --tokenizer, or train a Llama on another: python "
+                    "train_ar.py --tokenizer FILE --out NEW_DIR")
 
 
 def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
@@ -1916,7 +1920,7 @@ def check_resume(saved: dict, cfg, recipe, pictures: int) -> None:
     wrong = [f"{x} is {new[x]} and was {old[x]}" for x in new if x in fixed and new[x] != old[x]]
     check(not wrong, f"{', '.join(wrong)}: that cannot change within a run; leave it, or start "
                      "a new run with another --out")
-    done = " (all: for more raise --steps)" if saved["step"] >= recipe.steps else ""
+    done = " (all done: raise --steps)" if saved["step"] >= recipe.steps else ""
     say(f"resuming {saved['path']} after step {saved['step']}{done}")
 
 
@@ -1925,19 +1929,21 @@ def sources(args: argparse.Namespace, earlier: dict) -> tuple[dict, Path]:
     paths = {name: getattr(args, name) or earlier.get(name) for name in ("data", "dino_file")}
     paths = {name: path and os.path.abspath(path) for name, path in paths.items()}
     root = paths["data"]
-    check(args.data or not root or Path(root).is_dir(), f"the checkpoint was made from "
-          f"{root}, which is not there now: say where it is with --data")
+    check(args.data or not root or Path(root).is_dir(), f"the checkpoint was made from pictures in "
+          f"{root}, not there now: say where they are with --data")
     return paths, Path(root) if root else embedded_data()
 
 
 def export(args: argparse.Namespace, kind: str) -> None:
     """--export: the weights in half precision, and no paths of this machine."""
-    data, path = read_checkpoint(f"{args.out}/{kind}.pt", kind), Path(args.export)
+    data, path = read_checkpoint(args.resume or f"{args.out}/{kind}.pt", kind), Path(args.export)
     check(not path.exists(), f"{path} exists already: choose another name, or remove it")
     facts = {name: data[name] for name in ("kind", "step", "classes") if name in data}
     facts["ema"] = {name: as_exported(tensor) for name, tensor in data["ema"].items()}
-    made = {**data["made_from"], "dino_file": None, "tokenizer": None}
+    made = {**data["made_from"], "dino_file": None}
     made["data"] = "/elsewhere" if made.get("data") else None
+    if made.get("tokenizer") not in RELEASED:
+        made["tokenizer"] = None
     save_checkpoint(path, {**facts, "config": vars(data["config"]), "made_from": made})
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 

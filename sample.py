@@ -147,6 +147,8 @@ def default_llama(args) -> str:
     names = {name.lower() for name in hita.IMAGENET}
     asked = [word.lower().replace("_", " ") for word in args.classes or []]
     theirs = [word for word in asked if word in names or re.fullmatch(r"-?\d+", word)]
+    hita.check(len(theirs) in (0, len(asked)), f"{', '.join(theirs)}: drawn by {IMAGENET}, the "
+               "others by prints: ask for them one after the other")
     return IMAGENET if theirs else "prints"
 
 
@@ -261,20 +263,22 @@ def generate(args, device: torch.device, image: Path) -> None:
     else:
         hita.picture_grid(torch.from_numpy(array).permute(0, 3, 1, 2), args.num).save(image)
         if args.single:
-            write_single(array, [llama.classes[c] for c in class_ids], image.with_suffix(""))
+            write_single(array, class_ids.tolist(), llama.classes, image.with_suffix(""))
     seconds = time.time() - start
     hita.say(f"{len(class_ids)} pictures in {seconds:.1f} s ({len(class_ids) / seconds:.2f} "
              f"images/s): {args.npz or image}")
 
 
-def write_single(array: np.ndarray, names: list[str], folder: Path) -> None:
+def write_single(array: np.ndarray, class_ids: list[int], classes: list[str],
+                 folder: Path) -> None:
     """Each picture as <number>-<class>.png, instead of what was there under such names."""
     folder.mkdir(parents=True, exist_ok=True)
+    names = [re.sub(r"[^\w.-]", "_", name)[:60] for name in classes]  # that do not lead elsewhere
     for old in folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png"):
-        old.unlink()
-    for i, (pixels, name) in enumerate(zip(array, names)):
-        name = re.sub(r"[^\w.-]", "_", name)[:60]  # that does not lead elsewhere
-        Image.fromarray(pixels).save(folder / f"{i:05d}-{name}.png")
+        if old.stem[6:] in names:
+            old.unlink()
+    for i, (pixels, c) in enumerate(zip(array, class_ids)):
+        Image.fromarray(pixels).save(folder / f"{i:05d}-{names[c]}.png")
 
 
 # ---- Uses of pictures that you have; each gives (pictures, columns of the grid)
@@ -399,8 +403,8 @@ def picture_set(source: str) -> list[str] | np.ndarray:
             hita.check(pictures.dtype == np.uint8 and pictures.ndim == 4, "other arrays")
         hita.check(len(pictures) > 1, "too few")
     except Exception as e:  # numpy and zipfile raise many kinds
-        raise hita.HitaError(f"{source} is neither a folder with two pictures or more nor an .npz "
-                             "file that holds them, uint8 (n, H, W, 3), under arr_0") from e
+        raise hita.HitaError(f"{source} is no folder with two pictures or more and no .npz file of "
+                             f"uint8 (n, H, W, 3) as arr_0: {hita.first_line(e)}") from e
     return pictures
 
 

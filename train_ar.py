@@ -82,6 +82,7 @@ def main():
 
     # ---- tokenizer and data; they decide what the Llama has to predict
     device = hita.set_up_device(args.device)
+    torch.backends.cudnn.benchmark = True
     shares = hita.world() * recipe.accumulate
     hita.check(recipe.batch_size % shares == 0, f"batch_size {recipe.batch_size} is not divisible "
                f"by {shares}, the processes times accumulate")

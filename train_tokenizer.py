@@ -93,7 +93,9 @@ def main():
                f"of at least 24 pixels, image_size is {cfg.image_size}; train with --gan-weight 0")
 
     # ---- data and models, the same in every process
-    device, earlier = hita.set_up_device(args.device), saved["made_from"] if saved else {}
+    device = hita.set_up_device(args.device)
+    torch.backends.cudnn.benchmark = True
+    earlier = saved["made_from"] if saved else {}
     made_from, root = hita.sources(args, earlier)
     train = hita.Pictures(root, "train", cfg.image_size, True, recipe.crop_range, recipe.seed)
     val = hita.validation_pictures(train)
