@@ -7,10 +7,9 @@
     python train_ar.py --preset B --tokenizer hita-u --init-from hita-u-b-250e --data DIR
 
 The pictures are encoded once, into tokens-train.npy in the run directory: the plain centre crop,
-its mirror image and, with --copies, augmented ones. The Llama trains on ids alone. The run
-directory gets llama.pt (the newest state), llama.jsonl (a line of figures per log interval) and
-llama-<step>.png (samples). Ctrl-C or SIGTERM while it trains: the step is finished, the run saved;
-while pictures are encoded a run stops at once, and goes on with those that are left.
+its mirror image and, with --copies, augmented ones. The run directory gets llama.pt (the newest
+state), llama.jsonl (figures) and llama-<step>.png (samples). Ctrl-C or SIGTERM while it trains: the
+step is finished, the run saved; an encoding stops at once, and goes on with what is left.
 """
 
 import copy
@@ -126,8 +125,8 @@ def main():
     parameters = list(llama.parameters())
     groups = [{"params": [p for p in parameters if p.dim() >= 2]},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, recipe.lr, (0.9, 0.95), fused=True,
-                                  weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        groups, recipe.lr, (0.9, 0.95), weight_decay=recipe.weight_decay, fused=True)
     parts = {"model": llama, "ema": ema, "optimizer": optimizer}
     start = hita.restore(saved, parts)
     losses = hita.llama_losses
@@ -268,10 +267,9 @@ def evaluate(ema: hita.Llama, tokens: np.ndarray, device: torch.device,
     global_loss, patch_loss = (total[:2] / total[2]).tolist()
     cfg, M, N = ema.cfg, ema.cfg.num_global, ema.cfg.num_patches
     guess = M * math.log(cfg.global_codebook_size) + N * math.log(cfg.patch_codebook_size)
-    figures = {f"{name}_global": global_loss} if M else {}
-    return figures | {
-        f"{name}_patch": patch_loss, f"{name}_picture": M * global_loss + N * patch_loss,
-        "guess_picture": guess}
+    figures = {"global": global_loss} if M else {}
+    figures |= {"patch": patch_loss, "picture": M * global_loss + N * patch_loss}
+    return {f"{name}_{key}": x for key, x in figures.items()} | {"guess_picture": guess}
 
 
 def sample_grid(ema: hita.Llama, tokenizer: hita.HitaTokenizer, recipe: Training,
