@@ -1535,7 +1535,8 @@ def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None =
     x, y = spare[0] // 2, spare[1] // 2
     if rng is not None:
         x, y = int(rng.integers(spare[0] + 1)), int(rng.integers(spare[1] + 1))
-    pixels = torch.from_numpy(np.array(image.crop((x, y, x + size, y + size))))
+    square = image.crop((x, y, x + size, y + size))
+    pixels = torch.from_numpy(np.array(square))  # (size, size, 3)
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -1597,7 +1598,8 @@ class Pictures(torch.utils.data.Dataset):
         yield index
         rng = np.random.default_rng((self.seed, epoch, index, 1))
         others = [label != self.samples[index][1] for _, label in self.samples]
-        yield from np.lexsort((rng.random(len(self)), others))
+        order = rng.random(len(self))
+        yield from np.lexsort((order, others))
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = item
@@ -1647,7 +1649,7 @@ def batch(step: int, length: int, batch_size: int, seed: int) -> list[tuple[int,
     check(rest == 0, f"batch_size {batch_size} cannot be divided among {world()} processes")
     first = (step - 1) * batch_size + rank() * share
     places = (divmod(position, length) for position in range(first, first + share))
-    return [(epoch, int(epoch_order(length, seed, epoch)[place])) for epoch, place in places]
+    return [(epoch, epoch_order(length, seed, epoch)[place].item()) for epoch, place in places]
 
 
 def picture_array(path: Path, count: int, size: int) -> np.ndarray:
@@ -1877,7 +1879,7 @@ def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str
     wanted, recorded = made_from.get("tokenizer_hash"), made_from.get("tokenizer")
     check(flag == recorded or not {flag, recorded} <= RELEASED.keys(),
           f"this Llama goes with {recorded}, not with {flag}")
-    places = [flag] if flag else list(filter(None, [recorded, str(beside)]))
+    places = [flag] if flag else [place for place in (recorded, str(beside)) if place]
     for path in places:
         if not wanted or path in RELEASED or Path(path).is_file():
             tokenizer = load_tokenizer(path)
@@ -1940,11 +1942,12 @@ def export(args: argparse.Namespace, kind: str) -> None:
     check(not path.exists(), f"{path} exists already: choose another name, or remove it")
     facts = {name: data[name] for name in ("kind", "step", "classes") if name in data}
     facts["ema"] = {name: as_exported(tensor) for name, tensor in data["ema"].items()}
+    facts["config"] = vars(data["config"])
     made = {**data["made_from"], "dino_file": None}
     made["data"] = "/elsewhere" if made.get("data") else None
     if made.get("tokenizer") not in RELEASED:
         made["tokenizer"] = None
-    save_checkpoint(path, {**facts, "config": vars(data["config"]), "made_from": made})
+    save_checkpoint(path, {**facts, "made_from": made})
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -123,8 +123,9 @@ def main():
 
     # ---- optimizer; what is saved is what has a state
     parameters = list(llama.parameters())
-    groups = [{"params": [p for p in parameters if p.dim() >= 2]},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    matrices = [p for p in parameters if p.dim() >= 2]
+    others = [p for p in parameters if p.dim() < 2]
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
         groups, recipe.lr, (0.9, 0.95), weight_decay=recipe.weight_decay, fused=True)
     parts = {"model": llama, "ema": ema, "optimizer": optimizer}
@@ -207,8 +208,7 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, 
     blocks = [todo[i:i + 64].tolist() for i in range(0, len(todo), 64)][hita.rank()::hita.world()]
     items = [[divmod(row, len(data)) for row in block] for block in blocks]
     loader = DataLoader(data, batch_sampler=items, num_workers=workers)
-    progress = tqdm(loader, f"encoding {path.stem}", disable=hita.rank() > 0 or not items,
-                    leave=False)
+    progress = tqdm(loader, f"encoding {path.stem}", disable=hita.rank() > 0, leave=False)
     for (images, classes), block in zip(progress, blocks):
         images = images.to(device, memory_format=torch.channels_last)
         global_ids, patch_ids = tokenizer.encode(images)
