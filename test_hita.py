@@ -701,6 +701,14 @@ def test_llama_overfits_two_batches():
     assert found[-1] < 0.7
 
 
+def test_llama_evaluation_weighs_all_pictures_alike():
+    llama, (class_ids, g, p) = tiny_llama(), tiny_ids(70)  # batches of 64 and 6
+    rows = torch.cat([class_ids[:, None] + 1, g, p], dim=1).numpy()
+    found = train_ar.evaluate(llama, rows, torch.device("cpu"))
+    expected = [loss.item() for loss in hita.llama_losses(*llama(class_ids, g, p), g, p)]
+    assert [found["val_global"], found["val_patch"]] == pytest.approx(expected, rel=1e-5)
+
+
 def test_llama_released_sampling_looks_up_the_last_global_token_in_the_patch_table():
     llama, class_ids = tiny_llama(), torch.arange(5)
     g, p = llama.generate(class_ids, top_k=1, released_sampling=True)
