@@ -55,8 +55,7 @@ class Training:
 
 
 RECIPES = {
-    "hita-v": Training(),
-    "hita-u": Training(),
+    "hita-v": Training(), "hita-u": Training(),
     "emoji": Training(
         steps=660, batch_size=32, lr=1.5e-3, warmup=50, ema=0.99, lpips_weight=0.0, gan_weight=0.02,
         gan_start=610, gan_width=32, crop_range=1.0, log_every=25, eval_every=330, keep_every=0,
@@ -217,10 +216,7 @@ def compile_parts(tokenizer: hita.HitaTokenizer, *others: nn.Module | None) -> N
 
 
 def start_from(tokenizer: hita.HitaTokenizer, discriminator: nn.Module, path: str) -> None:
-    """Fine-tuning: weights of a checkpoint or released model, and its discriminator if it has one.
-
-    The released Hita-U was trained with a discriminator on DINO features, which is not here.
-    """
+    """Fine-tuning: weights of a checkpoint or released model, and its PatchGAN if it has one."""
     data = hita.read_checkpoint(path, "tokenizer")
     flag = "--centre" if data["config"].centre else "--no-centre"
     hita.check(data["config"].centre == tokenizer.cfg.centre, f"{path} was trained with {flag} and "
@@ -259,16 +255,15 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
         images, these = images.to(device, memory_format=torch.channels_last), mine[16 * n:][:16]
         global_ids, patch_ids = tokenizer.encode(images)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            recon = tokenizer.decode(global_ids, patch_ids).float()
-            if others is not None:
-                mixed = judged(tokenizer.decode(others[these], patch_ids).float(), size)
+            recon = tokenizer.decode(global_ids, patch_ids)
+            mixed = None if others is None else tokenizer.decode(others[these], patch_ids)
         pair = [judged(images, size), judged(recon, size)]
         totals["pictures"] += len(images)
         totals["psnr"] += hita.psnr(*pair).sum()
         if perceptual is not None:
             totals["lpips"] += perceptual(*pair) * len(images)
-        if others is not None:
-            totals["swap"] += hita.psnr(pair[0], mixed).sum()
+        if mixed is not None:
+            totals["swap"] += hita.psnr(pair[0], judged(mixed, size)).sum()
         for array, pictures in zip(arrays, pair):
             array[these] = hita.to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()
     for file, array in zip(files, arrays):
@@ -290,7 +285,7 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
 def judged(images: Tensor, size: int) -> Tensor:
     """Pictures as they are compared: 8 bits, and at another size shrunk like PIL does."""
     if images.shape[-1] == size:
-        return images.clamp(-1, 1)
+        return images.float().clamp(-1, 1)
     images = hita.to_uint8(images) / 127.5 - 1
     return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
@@ -313,9 +308,8 @@ def evaluate_checkpoint(args) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     # swap is measured with the globals of the picture half the split further on
-    found, others = encode_all(tokenizer, val, 1, workers), None
-    if cfg.num_global and len(val) > 1:
-        others = found[1].roll(len(val) // 2, dims=0)
+    found = encode_all(tokenizer, val, 1, workers)
+    others = found[1].roll(len(val) // 2, dims=0) if cfg.num_global else None
     figures = evaluate(tokenizer, val, out / "eval.png", workers, perceptual, args.npz, others)
     known = encode_all(tokenizer, train, math.ceil(len(train) / 20_000), workers)
     for name, counts in id_counts(*known[1:], cfg).items():
