@@ -735,7 +735,7 @@ class PerceptualLoss(nn.Module):
         import lpips  # slow to import, and needed in training only
         # the package takes the root of a sum of squares; where that is 0 the gradient is NaN
         lpips.normalize_tensor = lambda x: x * (x.square().sum(1, keepdim=True) + 1e-20).rsqrt()
-        warnings.filterwarnings("ignore", module="torchvision")  # called in an old way
+        warnings.filterwarnings("ignore", module="torchvision")  # lpips calls it in an old way
         try:
             self.lpips = lpips.LPIPS(net="vgg", pnet_rand=not pretrained, verbose=False)
         except Exception as e:  # the download raises many kinds; the remedy is the same
@@ -972,7 +972,7 @@ class Llama(nn.Module):
         """
         cfg, M = self.cfg, self.cfg.num_global
         B = class_ids.numel() if isinstance(class_ids, Tensor) else 1
-        check_ids("class ids", class_ids, (max(B, 1),), cfg.num_classes)
+        check_ids("class ids", class_ids, (max(B, 1),), cfg.num_classes)  # one or more
         sizes = cfg.global_codebook_size, cfg.patch_codebook_size
         check(not (released_sampling and M) or sizes[0] == sizes[1],
               f"released_sampling needs codebooks of one size, not {sizes}")
@@ -1217,7 +1217,7 @@ def psnr(images: Tensor, recon: Tensor) -> Tensor:
 
 def rank() -> int:
     """Index of this process, 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0
 
 
 def say(text: str) -> None:
@@ -1458,7 +1458,7 @@ warnings.filterwarnings("ignore", module="PIL")  # of files with faults that do 
 
 
 def embedded_data() -> Path:
-    """The embedded pictures, unpacked beside the zip at first use."""
+    """The folder of the embedded pictures, unpacked beside the zip at first use."""
     folder = EMOJI.with_suffix("")
     if rank() == 0 and not folder.is_dir():
         check(EMOJI.is_file(), f"{EMOJI} is missing: clone the repository again")
@@ -1597,9 +1597,9 @@ class Pictures(torch.utils.data.Dataset):
         """The picture, then what may stand in for it: first others of its class."""
         yield index
         rng = np.random.default_rng((self.seed, epoch, index, 1))
-        others = [label != self.samples[index][1] for _, label in self.samples]
+        of_others = [label != self.samples[index][1] for _, label in self.samples]
         order = rng.random(len(self))
-        yield from np.lexsort((order, others))
+        yield from np.lexsort((order, of_others))  # by the last key, then by the first
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = item
@@ -1627,7 +1627,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def validation_pictures(train: Pictures) -> Pictures:
-    """Of the folder val; without one about 1,000 of train."""
+    """Those of the folder val; where there is none, about 1,000 of train, plain."""
     root = train.root.parent
     if (root / "val").is_dir():
         return Pictures(root, "val", train.size)
@@ -2025,10 +2025,11 @@ RELEASED_LLAMA = {
 def from_released(weights: dict[str, Tensor]) -> dict:
     """A released file's tensors as a checkpoint of ours."""
     is_llama, ours = "output.weight" in weights, {}
+    names = RELEASED_LLAMA if is_llama else RELEASED_TOKENIZER
     for key, tensor in weights.items():
         if "backbone" in key or "codebook_used" in key:  # DINOv2, and statistics of use
             continue
-        for theirs, our in (RELEASED_LLAMA if is_llama else RELEASED_TOKENIZER).items():
+        for theirs, our in names.items():
             key = key.replace(theirs, our)
         ours[key] = tensor
     if is_llama:
