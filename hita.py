@@ -17,9 +17,8 @@ its own code and has to rely on the globals:
 
     class -> Llama -> M global ids -> N patch ids -> Fusion, Decoder -> a new picture
 
-Part 1 is Hita, in the order of the data: settings, encoder, DINOv2, query extractor, quantizer,
-fusion, tokenizer, losses, Llama. Part 2, below the banner, is what the scripts share: processes,
-presets, flags, pictures, logs, checkpoints, released files. It can be left unread.
+Part 1 is Hita, in the order of the data. Part 2, below the banner, is what the scripts share:
+processes, flags, pictures, logs, checkpoints, released files. It can be left unread.
 
 Letters in shape comments: B batch, H W pixels, h w patch grid, N = h*w patch tokens, M global
 tokens, D latent width, C code width (12 global, 8 patch), V size of a codebook, T sequence length,
@@ -59,7 +58,7 @@ def check(condition: bool, message: str) -> None:
 
 @dataclass
 class TokenizerConfig:
-    """Architecture of the tokenizer. The defaults are the released Hita-V, 104.2 M parameters."""
+    """The tokenizer. The defaults are the released Hita-V, 104.2 M parameters."""
     image_size: int = 336  # side of the square training images in pixels
     channels: int = 128  # channels of the conv nets at full resolution
     channel_mult: tuple = (1, 1, 2, 2, 4)  # widths of the levels; n of them: stride 2^(n-1)
@@ -83,12 +82,12 @@ class TokenizerConfig:
 
     def __post_init__(self):
         check(self.grid > 0 and self.image_size % self.stride == 0,
-              f"image_size {self.image_size} is not a multiple of the stride {self.stride}")
-        check(self.channels % 4 == 0, f"channels is {self.channels}, it must be a multiple of 4")
+              f"image_size {self.image_size} is no multiple of the stride {self.stride}")
+        check(self.channels % 4 == 0, f"channels is {self.channels}, no multiple of 4")
         check(self.heads > 0 and self.latent_dim % self.heads == 0,
               f"latent_dim {self.latent_dim} is not divisible by {self.heads} heads")
         check(self.k <= self.num_global,
-              f"k is {self.k}, it must not exceed num_global = {self.num_global}")
+              f"k is {self.k}, more than num_global = {self.num_global}")
         check(self.uses_dino or not self.vfm_recon, "vfm_recon needs DINOv2 and global tokens")
 
     @property
@@ -109,7 +108,7 @@ class TokenizerConfig:
 
 @dataclass
 class LlamaConfig:
-    """Architecture of the generator. The defaults are size B at 336 px, 136.2 M parameters."""
+    """The generator. The defaults are size B at 336 px, 136.2 M parameters."""
     layers: int = 12  # transformer blocks
     heads: int = 12  # attention heads
     dim: int = 768  # width of the residual stream
@@ -126,21 +125,16 @@ class LlamaConfig:
         check(self.heads > 0 and self.dim % (4 * self.heads) == 0,
               f"dim {self.dim} is not divisible by 4 x {self.heads} heads (2-D RoPE)")
 
-    @property
-    def num_patches(self) -> int:
-        """Patch tokens N of a picture."""
-        return self.grid ** 2
-
 
 # ---- Convolutional encoder and decoder (VQGAN, Esser et al. 2021) ------------
 
 class GroupNorm(nn.GroupNorm):
-    """(B, c, H, W) -> (B, c, H, W). Compiled for a GPU, torch's own wants another layout than the
-    convolutions and copies there and back; an H200 trains Hita-V 1.24 times as fast without."""
+    """(B, c, H, W) -> (B, c, H, W). Compiled for a GPU, torch's own copies to another layout than
+    that of the convolutions and back; an H200 trains Hita-V 1.24 times as fast without."""
 
     def forward(self, x: Tensor) -> Tensor:
-        compiled = x.is_cuda and torch.compiler.is_compiling()
-        return self.by_channel(x) if compiled else super().forward(x)
+        fused = x.is_cuda and torch.compiler.is_compiling()
+        return self.by_channel(x) if fused else super().forward(x)
 
     def by_channel(self, x: Tensor) -> Tensor:
         """The same from moments of the channels, then of the groups."""
@@ -155,9 +149,8 @@ class GroupNorm(nn.GroupNorm):
 
 
 def group_norm(channels: int) -> GroupNorm:
-    """As released: 32 groups from 128 channels on, of at least 4 each. In thinner layers one group:
-    what all pixels of a group share, its mean and scale, is lost, and in thin nets with groups of 4
-    that was the hue; with such groups the demo learned it 250 steps later."""
+    """As released: 32 groups from 128 channels on, of at least 4 each. One in thinner layers: what
+    a group's pixels share is lost, with groups of 4 the hue, which the demo learned later."""
     groups = math.gcd(32, channels // 4) if channels >= 128 else 1
     return GroupNorm(groups, channels, eps=1e-6)
 
@@ -203,7 +196,7 @@ class AttnBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, with attention if asked for, then a resampling."""
+    """Residual blocks at one resolution, perhaps with attention, then a resampling."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, attention: bool, resample: nn.Module):
         super().__init__()
@@ -219,7 +212,7 @@ class Level(nn.Module):
 
 
 def downsample(c: int) -> nn.Module:
-    """Halve the resolution: zeros on the right and below only, then 3x3 with stride 2."""
+    """Halve the resolution: zeros on the right and below, then 3x3 with stride 2."""
     return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2))
 
 
@@ -282,19 +275,23 @@ class Decoder(nn.Module):
 
 class DINOv2(nn.Module):
     """Frozen ViT. Images (B, 3, H, W) in [-1, 1] -> normalised cls and patch tokens (B, 257, dim).
-
-    name: a timm model. weights: its tensors, those of the original .pth or of timm's own file;
-    without them they come from the Hub; pretrained=False keeps random ones.
-    """
+    name: a timm model. file: its weights, the original .pth or timm's own; without it they are
+    the Hub's, with pretrained=False random ones. HitaError if they cannot be had."""
     SIZE = 224  # the ViT always sees 224 px: 16 x 16 patches of 14 px
 
-    def __init__(self, name: str = TokenizerConfig.dino, weights: dict[str, Tensor] | None = None,
+    def __init__(self, name: str = TokenizerConfig.dino, file: str | Path | None = None,
                  pretrained: bool = True):
         super().__init__()
         import timm  # slow to import, and decoding does without
-        given = {"state_dict": weights} if weights else {}  # then timm does not fetch
-        self.vit = timm.create_model(name, pretrained, num_classes=0, img_size=self.SIZE,
-                                     pretrained_cfg_overlay=given)
+        load = partial(torch.load, map_location="cpu", weights_only=True)
+        load = safetensors.torch.load_file if str(file).endswith(".safetensors") else load
+        try:
+            given = {"state_dict": load(file)} if file else {}  # then timm does not fetch
+            self.vit = timm.create_model(name, pretrained, num_classes=0, img_size=self.SIZE,
+                                         pretrained_cfg_overlay=given)
+        except Exception as e:  # files, network, timm: many kinds
+            raise HitaError(f"cannot load {name} from {file or 'the Hub'} ({type(e).__name__}): "
+                            "name a file by --dino-file, of --fd by --features NAME FILE") from e
         self.vit.pretrained_cfg.pop("state_dict", None)  # timm keeps a second copy
         for stat, rgb in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             self.register_buffer(stat, torch.tensor(rgb)[:, None, None])
@@ -304,7 +301,6 @@ class DINOv2(nn.Module):
         """(B, 3, H, W) in [-1, 1] -> (B, 3, 224, 224) as the ViT wants it, in float32."""
         with torch.autocast(images.device.type, enabled=False):
             images = images.float()
-
             # a picture that shrinks is blurred first, as in kornia's resize
             factors = [side / self.SIZE for side in images.shape[-2:]]
             if max(factors) > 1:
@@ -324,10 +320,6 @@ class DINOv2(nn.Module):
         cls, patches = tokens[:, :1], tokens[:, self.vit.num_prefix_tokens:]
         return torch.cat([cls, patches], dim=1)  # (B, 257, dim)
 
-    def train(self, mode: bool = True) -> DINOv2:
-        """Frozen: stays in eval mode."""
-        return super().train(False)
-
 
 # ---- The transformer layer of the tokenizer ----------------------------------
 
@@ -338,11 +330,8 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 class Attention(nn.Module):
     """Multi-head attention, bidirectional or causal. (B, T, D) -> (B, T, D)
-
-    The two kinds differ in more than the mask: bidirectional has no bias on q, k, v and drops its
-    output, causal has biases and drops attention probabilities. There is no idea behind that: the
-    released model puts together layers of two code bases, and its weights need both.
-    """
+    Bidirectional has no bias on q, k, v and drops its output; causal has biases and drops attention
+    probabilities. No idea is behind that: the released model joins layers of two code bases."""
 
     def __init__(self, dim: int, heads: int, causal: bool, dropout: float):
         super().__init__()
@@ -352,7 +341,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.training and torch.is_grad_enabled() else 0.0
         q = split_heads(self.q(x), self.heads)  # (B, heads, T, d)
         k = split_heads(self.k(x), self.heads)
         v = split_heads(self.v(x), self.heads)
@@ -403,7 +392,6 @@ def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
     if (h, w) == (side, side):
         return positions
     grid = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, G, G)
-
     # the 0.1 shifts the sampling step a little, as in DINO and the released model
     scale = (h + 0.1) / side, (w + 0.1) / side
     grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")  # (1, D, h, w)
@@ -416,10 +404,8 @@ class QueryExtractor(nn.Module):
     """Patches (B, D, h, w), DINOv2 tokens -> queries (B, M, D), patches (B, N, D)
 
     Stage 1 is bidirectional: the queries must summarise the picture, so they look at everything.
-    Stage 2 is causal over [queries; patches]: here a query sees only the queries before it, which
-    is the order in which the Llama will have to predict them, and no patches; patches see all
-    queries. Patches have learned positions; a query is its own position.
-    """
+    Stage 2 is causal over [queries; patches]: a query sees only those before it, as the Llama will
+    when it predicts them; patches see all. Patches have learned positions, a query is its own."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -459,13 +445,9 @@ class QueryExtractor(nn.Module):
 
 class Centring(nn.Module):
     """BatchNorm1d without learned scale, over all processes: (B, T, C) -> (B, T, C) in float32.
-
-    Not in the paper, off in the released models. Why: the queries of one position share most of
-    their direction, whatever the picture, so that nearest codes are constant and the decoder soon
-    ignores them. What all share must not take part in choosing the code.
-
-    positions: T for statistics of each position, 1 for common ones. HitaError for a batch of one.
-    """
+    Not in the paper, off in the released models. The queries of one position share most of their
+    direction, whatever the picture: nearest codes would be constant, and the decoder ignore them.
+    positions: T for statistics of each, 1 for common ones. HitaError for a batch of one."""
 
     def __init__(self, positions: int, dim: int):
         super().__init__()
@@ -480,10 +462,10 @@ class Centring(nn.Module):
                 check(len(z) * world() > 1, "centring needs two pictures: raise --batch-size")
                 # over the batch and, where the statistics are common ones, over positions
                 dims = (0,) if len(mean) > 1 else (0, 1)
-                # all_mean (Part 2) is over the processes. The gradient passes through both;
+                # AllMean (Part 2) is over the processes. The gradient passes through both;
                 # without it the mean runs away.
-                mean = all_mean(z.mean(dims, keepdim=True))[0]  # (positions, C)
-                var = all_mean((z - mean).square().mean(dims, keepdim=True))[0]
+                mean = AllMean.apply(z.mean(dims, keepdim=True))[0]  # (positions, C)
+                var = AllMean.apply((z - mean).square().mean(dims, keepdim=True))[0]
                 n = world() * z[..., 0].numel() // len(mean)  # values behind each statistic
                 self.mean.lerp_(mean.detach(), 0.01)
                 self.var.lerp_(var.detach() * n / (n - 1), 0.01)
@@ -495,8 +477,7 @@ class VectorQuantizer(nn.Module):
 
     forward: z (B, T, C) -> codes (B, T, C), ids (B, T), loss; lookup: ids -> codes (B, T, C).
     Another quantizer (FSQ, LFQ, ...) is a class with these two methods and its own loss, perhaps 0;
-    HitaTokenizer builds it with (size, dim, beta).
-    """
+    HitaTokenizer builds it with (size, dim, beta)."""
 
     def __init__(self, size: int, dim: int, beta: float = 0.25):
         super().__init__()
@@ -509,7 +490,6 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=-1)  # (B, T, C)
             codebook = F.normalize(self.codebook.float(), dim=-1)  # (V, C)
-
             # on the sphere the nearest code is the one with the largest cosine
             ids = (z @ codebook.T).argmax(dim=-1)  # (B, T)
             codes = codebook[ids]  # (B, T, C)
@@ -531,18 +511,16 @@ class VectorQuantizer(nn.Module):
 class Fusion(nn.Module):
     """Globals (B, M, D), patches (B, N, D), both quantized -> a state for each cell, (B, N, D).
 
-    A causal transformer reads [global; patch]. Without k-replacement cell i would be the state of
-    its own patch, at position M + i. Here it is the state k positions earlier, M - k + i:
+    A causal transformer reads [global; patch]. Cell i is not the state of its own patch, at
+    position M + i, but the one k positions earlier, at M - k + i:
 
         position   0 ... M-k  ...  M-1 | M   M+1 ... M+N-1-k | M+N-k ... M+N-1
         token      globals             | patches 0, 1, ...   | last k patches: read by no cell
         cell             0    ...  k-1 | k   k+1 ... N-1     | -
 
-    So the first k states come from global tokens alone (cell k-1 is the first to see all M), later
-    ones from all globals and the patches up to i - k; with k > 0 none sees its own patch. That is
-    meant to force the global tokens to carry information.
-    The last k patch tokens reach no cell, yet the Llama must predict them too.
-    """
+    So the first k states come from globals alone (cell k-1 is the first to see all M), later ones
+    from all globals and the patches up to i - k. None sees its own patch, so the globals must carry
+    information. The last k patches reach no cell; the Llama predicts them all the same."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -573,11 +551,8 @@ class Fusion(nn.Module):
 
     def reconstruct_features(self, globals_: Tensor, side: int) -> Tensor:
         """Hita-U: global codes (B, M, D) -> DINOv2 patch features (B, side^2, dino_dim).
-
         The same layers read [global; mask tokens]. Globals are causal among themselves and blind
-        to the mask tokens, which see everything. As in the released model, the globals come
-        without their positions here.
-        """
+        to the mask tokens, which see everything; as released, they have no positions here."""
         B, M, _ = globals_.shape
         positions = resize_positions(self.positions, side, side)  # (1, side^2, D)
         masks = (self.mask_token + positions).expand(B, -1, -1)  # (B, side^2, D)
@@ -605,9 +580,7 @@ class TokenizerOutput:
 
 class HitaTokenizer(nn.Module):
     """Images <-> M global and N patch token ids. With num_global = 0 it is a plain VQGAN.
-
-    Where the configuration names a DINOv2, encoding needs it: `attach_dino`. Decoding does not.
-    """
+    Where the configuration names a DINOv2, encoding needs it: `attach_dino`. Decoding does not."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -633,14 +606,14 @@ class HitaTokenizer(nn.Module):
         self.decoder = Decoder(cfg)
 
     def attach_dino(self, dino: DINOv2 | None) -> None:
-        """Set the frozen DINOv2. HitaError if its width is not that of the configuration."""
+        """Set the frozen DINOv2. HitaError if it has another width."""
         width = self.cfg.dino_dim if dino is None else dino.vit.embed_dim
         check(width == self.cfg.dino_dim, f"dino_dim is {self.cfg.dino_dim}, this has {width}")
         # past nn.Module's registration: no optimizer, EMA, DDP or checkpoint may see it
         self.__dict__["dino"] = dino
 
     def dino_tokens(self, images: Tensor) -> Tensor | None:
-        """Frozen features (B, 257, dino_dim), None where the configuration does without."""
+        """Frozen features (B, 257, dino_dim), None in a model without."""
         if not self.cfg.uses_dino:
             return None
         check(self.dino is not None, f"encoding needs {self.cfg.dino}: add_dino(tokenizer, file)")
@@ -666,11 +639,10 @@ class HitaTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> global ids (B, M), patch ids (B, N) row by row, int64.
-
-        Raises HitaError for what is no such tensor; warns where values look like [0, 1].
-        """
+        HitaError for what is no such tensor; a warning where values look like [0, 1]."""
         check_images(images, self.cfg.stride, self.patch_up.weight.dtype)
-        global_z, patch_z = self.embed(images, self.dino_tokens(images))
+        with torch.autocast(images.device.type, enabled=False):  # whatever the caller has on
+            global_z, patch_z = self.embed(images, self.dino_tokens(images))
         _, patch_ids, _ = self.patch_quantizer(patch_z)
         if global_z is None:
             return patch_ids[:, :0], patch_ids  # (B, 0)
@@ -680,20 +652,19 @@ class HitaTokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, global_ids: Tensor, patch_ids: Tensor, grid: tuple | None = None) -> Tensor:
         """Global ids (B, M), patch ids (B, N) -> images (B, 3, H, W) in about [-1, 1], not clamped.
-
-        grid: patch rows and columns, square unless given. HitaError where the ids do not fit.
-        """
-        B, N, M = len(patch_ids), patch_ids.shape[-1], self.cfg.num_global
-        h, w = grid or (math.isqrt(N), math.isqrt(N))
-        check(h * w == N, f"{N} patch ids do not fill a grid of {h} x {w}")
+        grid: patch rows and columns, square unless given. HitaError where the ids do not fit."""
+        check_ids("patch ids", patch_ids, (None, None), self.cfg.patch_codebook_size)
+        (B, N), M = patch_ids.shape, self.cfg.num_global
+        grid = (math.isqrt(N), math.isqrt(N)) if grid is None else tuple(grid)
+        fits = [type(x) for x in grid] == [int, int] and min(grid) > 0 and math.prod(grid) == N
+        check(fits, f"{N} patch ids do not fill a grid of {grid}")
         check_ids("global ids", global_ids, (B, M), self.cfg.global_codebook_size)
-        check_ids("patch ids", patch_ids, (B, N), self.cfg.patch_codebook_size)
         # codes are looked up, so neither encoder nor DINOv2 is needed
         global_codes = self.global_quantizer.lookup(global_ids) if M else None
-        return self.render(global_codes, self.patch_quantizer.lookup(patch_ids), (h, w))
+        return self.render(global_codes, self.patch_quantizer.lookup(patch_ids), grid)
 
     def forward(self, images: Tensor) -> TokenizerOutput:
-        """Training forward: straight-through codes, so that the loss reaches the encoder."""
+        """For training: straight-through codes let the loss reach the encoder."""
         dino_tokens = self.dino_tokens(images)  # (B, 257, dino_dim) or None
         global_z, patch_z = self.embed(images, dino_tokens)
         patch_codes, patch_ids, codebook_loss = self.patch_quantizer(patch_z)
@@ -714,31 +685,26 @@ class HitaTokenizer(nn.Module):
         return TokenizerOutput(recon, codebook_loss, feature_loss, global_ids, patch_ids)
 
 
-# ---- Losses ------------------------------------------------------------------
-#
-# The tokenizer minimises rec + LPIPS + 0.5 adversarial + codebook (+ feature for Hita-U), summed
-# in train_tokenizer.py; the discriminator a hinge loss.
+# ---- Losses: train_tokenizer.py sums rec + LPIPS + 0.5 adversarial + codebook (+ feature) ----
 
 def reconstruction_loss(images: Tensor, recon: Tensor) -> Tensor:
-    """2 MSE: the released recipe's L2 term, and an MSE term that its trainer always adds."""
+    """2 MSE: the released L2 term, and an MSE term that its trainer always adds."""
     return 2 * F.mse_loss(recon.float(), images)
 
 
 class PerceptualLoss(nn.Module):
-    """LPIPS (Zhang et al. 2018) on VGG-16, frozen: images, recon (B, 3, H, W) -> scalar.
-
-    Raises HitaError if the VGG weights cannot be had.
-    """
+    """LPIPS (Zhang et al. 2018) on VGG-16, frozen: images, recon (B, 3, H, W) -> scalar. HitaError
+    if the VGG weights cannot be had."""
 
     def __init__(self, pretrained: bool = True):
         super().__init__()
         import lpips  # slow to import, and needed in training only
-        # the package takes the root of a sum of squares; where that is 0 the gradient is NaN
+        # the package takes the root of a sum of squares: at 0 the gradient is NaN
         lpips.normalize_tensor = lambda x: x * (x.square().sum(1, keepdim=True) + 1e-20).rsqrt()
         warnings.filterwarnings("ignore", module="torchvision")  # lpips calls it in an old way
         try:
             self.lpips = lpips.LPIPS(net="vgg", pnet_rand=not pretrained, verbose=False)
-        except Exception as e:  # the download raises many kinds; the remedy is the same
+        except Exception as e:  # many kinds
             url = "https://download.pytorch.org/models/vgg16-397923af.pth"
             raise HitaError(f"cannot fetch VGG-16 for LPIPS: download {url} into "
                             f"{torch.hub.get_dir()}/checkpoints, or use --lpips-weight 0") from e
@@ -746,10 +712,6 @@ class PerceptualLoss(nn.Module):
 
     def forward(self, images: Tensor, recon: Tensor) -> Tensor:
         return self.lpips(images, recon).mean()
-
-    def train(self, mode: bool = True) -> PerceptualLoss:
-        """Stays in eval mode: LPIPS has dropout, which belongs to its own training."""
-        return super().train(False)
 
 
 class PatchDiscriminator(nn.Module):
@@ -762,20 +724,17 @@ class PatchDiscriminator(nn.Module):
             conv = nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False)
             layers += [conv, nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
-
         # small weights, as in pix2pix
         for m in self.main:
-            if isinstance(m, nn.Conv2d):
-                nn.init.normal_(m.weight, 0.0, 0.02)
-            elif isinstance(m, nn.BatchNorm2d):
-                nn.init.normal_(m.weight, 1.0, 0.02)
+            if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)):
+                nn.init.normal_(m.weight, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.main(images)
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss (Lim & Ye 2017) of the logits for real and for reconstructed images."""
+    """Hinge loss (Lim & Ye 2017) of the logits for real and reconstructed images."""
     # real logits are pushed above 1, fake ones below -1, and no further
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
@@ -790,18 +749,15 @@ def adversarial_loss(fake: Tensor) -> Tensor:
 def position_rotations(num_global: int, grid: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin (M + N, head_dim / 2) by which channel pairs of q and k turn at each input.
 
-    Inputs are class, globals, patches, so input p is token p - 1. Positions 0 .. M-1 do not turn; a
-    learned shift is added there instead. M + 1 + i (patch i): 2-D RoPE, half of the pairs turn with
-    the cell's row, half with its column. Position M, the last global token, predicts the first
-    patch: there cos = sin = 0, so q and k vanish, its query attends to 0 .. M alike, and to later
-    queries its key scores 0. An accident of the released code, kept since its weights need it.
-    """
+    Inputs are class, globals, patches: input p is token p - 1. Positions 0 .. M-1 do not turn, they
+    have a learned shift. M + 1 + i (patch i): 2-D RoPE, half of the pairs turn with the cell's row,
+    half with its column. Position M, the last global: cos = sin = 0, so its query attends to all
+    alike and its key scores 0: an accident of the released code, kept since its weights need it."""
     pairs = head_dim // 2
     theta = 10000.0 ** (-2 * torch.arange(pairs // 2) / pairs)  # (pairs/2,)
     angle = torch.arange(grid)[:, None] * theta  # (grid, pairs/2)
     rows, columns = angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)
     cells = torch.cat([rows, columns], dim=1)  # (N, pairs)
-
     # 0 .. M-1, then M, then the patches
     still, vanish = torch.ones(num_global, pairs), torch.zeros(1, pairs)
     cos = torch.cat([still, vanish, cells.cos()])  # (M + 1 + N, pairs)
@@ -814,24 +770,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(dim=-1)  # (B, heads, T, d/2) each
     turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
     return turned.flatten(-2).type_as(x)
-
-
-class KVCache(nn.Module):
-    """Keys and values of one block for all inputs of a sequence, (B or 2B, heads, M + N, d)."""
-
-    def __init__(self, like: Tensor, *shape: int):
-        super().__init__()
-        # two buffers, since the compiler would copy a common one as a whole at each step
-        self.register_buffer("keys", like.new_zeros(shape))
-        self.register_buffer("values", like.new_zeros(shape))
-        for buffer in self.buffers() if like.is_cuda else ():  # CUDA graphs: they do not move
-            torch._dynamo.mark_static_address(buffer, guard=False)
-
-    def update(self, index: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, heads, T, d) at (T,) -> the first `length` keys and values."""
-        self.keys[:, :, index] = k.type_as(self.keys)
-        self.values[:, :, index] = v.type_as(self.values)
-        return self.keys[:, :, :length], self.values[:, :, :length]
 
 
 class LlamaBlock(nn.Module):
@@ -855,11 +793,9 @@ class LlamaBlock(nn.Module):
         return x + self.dropout(self.w2(y))
 
     def attend(self, x: Tensor, shift: Tensor, cos: Tensor, sin: Tensor, index: Tensor,
-               cache: KVCache | None, visible: Tensor | None) -> Tensor:
+               cache: tuple[Tensor, Tensor] | None, visible: Tensor | None) -> Tensor:
         """Attention of inputs at positions (T,); with a cache also to what `visible` shows of it.
-
-        shift (T, dim) and cos, sin (T, d/2) say where an input stands; visible is (T, length).
-        """
+        shift (T, dim) and cos, sin (T, d/2) say where an input stands; visible is (T, length)."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, T, dim) each
 
         # Positions act on queries and keys only, never on the residual stream, and anew in every
@@ -873,10 +809,12 @@ class LlamaBlock(nn.Module):
         if d % 8:
             pad = 0, -d % 8
             q, k, v = F.pad(q, pad), F.pad(k, pad), F.pad(v, pad)
-
         # while sampling, keys and values of the inputs before wait in the cache
         if cache is not None:
-            k, v = cache.update(index, k, v, visible.shape[1])  # (B, heads, length, d)
+            keys, values = cache  # (B, heads, M + N, d) both
+            keys[:, :, index], values[:, :, index] = k.type_as(keys), v.type_as(values)
+            length = visible.shape[1]
+            k, v = keys[:, :, :length], values[:, :, :length]
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=cache is None, scale=d ** -0.5)
         return self.out(y[..., :d].transpose(1, 2).flatten(2))  # (B, T, dim)
@@ -885,10 +823,9 @@ class LlamaBlock(nn.Module):
 class Llama(nn.Module):
     """Predicts the M global ids, then the N patch ids of a class. With M = 0: a plain LlamaGen.
 
-    The inputs are class, global_0 .. global_M-1, patch_0 .. patch_N-2, M + N positions; position p
-    predicts token p of global_0 .. global_M-1, patch_0 .. patch_N-1. Each kind of token has its own
-    embedding table and its own head. One that was loaded has the names of its classes in `classes`.
-    """
+    Inputs are class, global_0 .. global_M-1, patch_0 .. patch_N-2; position p predicts token p of
+    global_0 .. patch_N-1. Each kind of token has its own embedding table and head. One that was
+    loaded has the names of its classes in `classes`."""
 
     def __init__(self, cfg: LlamaConfig):
         super().__init__()
@@ -903,7 +840,6 @@ class Llama(nn.Module):
             self.global_head = nn.Linear(dim, cfg.global_codebook_size, bias=False)
             self.global_positions = nn.Embedding(M, dim)  # of inputs 0 .. M-1
         self.token_dropout = nn.Dropout(cfg.token_dropout)
-        self.caches: list[KVCache] = []  # a plain list: no part of the model's state
         self.blocks = nn.ModuleList(LlamaBlock(cfg) for _ in range(cfg.layers))
         self.norm = nn.RMSNorm(dim, eps=1e-5)
         cos, sin = position_rotations(M, cfg.grid, dim // cfg.heads)
@@ -927,7 +863,7 @@ class Llama(nn.Module):
             parts.insert(1, self.global_embedding(global_ids))
         return torch.cat(parts, dim=1)
 
-    def backbone(self, x: Tensor, index: Tensor, caches: list[KVCache] | None = None,
+    def backbone(self, x: Tensor, index: Tensor, caches: list[tuple] | None = None,
                  visible: Tensor | None = None) -> Tensor:
         """Embedded inputs (B, T, dim) at positions (T,) -> normalised states (B, T, dim)."""
         M, shift = self.cfg.num_global, x.new_zeros(1, 1)
@@ -941,11 +877,8 @@ class Llama(nn.Module):
 
     def forward(self, class_ids: Tensor, global_ids: Tensor,
                 patch_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Class ids (B,), global ids (B, M), patch ids (B, N) -> logits (B, M, V) and (B, N, V).
-
-        In training mode class labels are dropped with probability class_dropout. With M = 0 the
-        global logits are empty.
-        """
+        """Class ids (B,), global ids (B, M), patch ids (B, N) -> logits (B, M, V) and (B, N, V),
+        the former empty if M = 0. Training drops class labels with probability class_dropout."""
         M = self.cfg.num_global
         # guidance needs to know what the model says without the class
         if self.training:
@@ -968,29 +901,30 @@ class Llama(nn.Module):
         temperature, top_k, top_p: see filter_logits; top_k=1 is greedy. given (B, P): the first P
         ids. random (B, M + N): see random_numbers, which makes them of the seed. released_sampling:
         embed the last global token with the patch table, as the released sampling code does by
-        mistake, for codebooks of one size. HitaError for classes that the model does not have.
-        """
+        mistake, for codebooks of one size. HitaError for what is out of range."""
         cfg, M = self.cfg, self.cfg.num_global
-        B = class_ids.numel() if isinstance(class_ids, Tensor) else 1
-        check_ids("class ids", class_ids, (max(B, 1),), cfg.num_classes)  # one or more
+        check_range(0, 10**6, cfg_scale=cfg_scale, temperature=temperature)
+        check_range(0, 1, top_p=top_p)
+        check_range(0, math.inf, whole=True, top_k=top_k, seed=seed)
+        check_ids("class ids", class_ids, (None,), cfg.num_classes)
+        B, total = len(class_ids), M + cfg.grid ** 2
+        check(B > 0, "class ids are none, give at least one")
         sizes = cfg.global_codebook_size, cfg.patch_codebook_size
         check(not (released_sampling and M) or sizes[0] == sizes[1],
               f"released_sampling needs codebooks of one size, not {sizes}")
-        check(seed >= 0, f"seed is {seed}, it must be 0 or more")
-        ids = class_ids.new_empty(len(class_ids), 0) if given is None else given
-        total = M + cfg.num_patches
-        P = min(ids.shape[-1], total)
-        check_ids("given ids", ids, (len(class_ids), P), max(sizes))
-        check_ids("given global ids", ids[:, :M], (len(ids), min(P, M)), sizes[0])
-        check_ids("given patch ids", ids[:, M:], (len(ids), max(P - M, 0)), sizes[1])
-        if random is None:
-            random = random_numbers(class_ids, total, seed)  # (B, M + N)
+        ids = class_ids.new_empty(B, 0) if given is None else given
+        check_ids("given ids", ids, (B, None), max(sizes))
+        check(ids.shape[1] <= total, f"{ids.shape[1]} ids are given, a picture has {total}")
+        check_ids("given global ids", ids[:, :M], (B, None), sizes[0])
+        check_ids("given patch ids", ids[:, M:], (B, None), sizes[1])
+        random = random_numbers(class_ids, total, seed) if random is None else random
+        check(random.shape == (B, total), f"random is {random.shape}, not {(B, total)}")
 
         # Guidance predicts twice, with the class and without: one batch [cond; uncond].
         labels, copies = class_ids, 1
         if cfg_scale != 1:
             labels, copies = torch.cat([class_ids, torch.full_like(class_ids, cfg.num_classes)]), 2
-        caches = self.empty_caches(len(labels))
+        caches = self.empty_caches(len(labels), self.norm.weight.dtype, self.norm.weight.device)
 
         # The class and all ids that are given are read at once, then one id at a time.
         end = max(0, M - 1) if released_sampling else M  # tokens before it: the global table
@@ -1008,24 +942,28 @@ class Llama(nn.Module):
             x, index = x.clone(), index[-1:] + 1  # the next step may reuse the memory of x
         return ids[:, :M], ids[:, M:]
 
-    def empty_caches(self, batch: int) -> list[KVCache]:
-        """One for each block. Those of the call before serve again if they fit, since CUDA graphs
-        must find them where they were; what is left in them is never looked at."""
-        cfg, like = self.cfg, self.norm.weight
+    @torch.inference_mode(False)  # or a call outside of it could not use them
+    def empty_caches(self, batch: int, dtype: torch.dtype, device: torch.device) -> list[tuple]:
+        """Keys and values of each block for all inputs of a sequence, (batch, heads, M + N, d)."""
+        cfg = self.cfg
         d = -(-cfg.dim // cfg.heads // 8) * 8  # channels of a head, padded as in attend
-        shape = batch, cfg.heads, cfg.num_global + cfg.num_patches, d
-        old = self.caches[0].keys if self.caches else torch.empty(0)
-        if (old.shape, old.device, old.dtype) != (shape, like.device, like.dtype):
-            self.caches = [KVCache(like, *shape) for _ in self.blocks]
-        return self.caches
+        shape = 2 * cfg.layers, batch, cfg.heads, cfg.num_global + cfg.grid ** 2, d
+        # one by one: the compiler would copy a common tensor at each step
+        caches = [torch.zeros(shape[1:], dtype=dtype, device=device) for _ in range(shape[0])]
+        for cache in caches if device.type == "cuda" else ():  # CUDA graphs: they do not move
+            torch._dynamo.mark_static_address(cache, guard=False)
+        return list(zip(caches[::2], caches[1::2]))
 
-    def step(self, x: Tensor, index: Tensor, caches: list[KVCache], random: Tensor,
+    def compile_step(self) -> None:
+        """CUDA graphs, for one thread: they must find the caches where they were."""
+        self.step = torch.compile(self.step, mode="reduce-overhead", fullgraph=True)
+        self.empty_caches = lru_cache(1)(self.empty_caches)
+
+    def step(self, x: Tensor, index: Tensor, caches: list[tuple], random: Tensor,
              cfg_scale: float, filters: tuple, is_global: bool, embed_global: bool, length: int):
         """Inputs (B or 2B, T, dim) at positions (T,) -> next token (B, 1), and as input embedded.
-
         All that changes from step to step is tensors, but for the kind of token and the length of
-        the cache that is read: it can be compiled as a whole, once for each of these.
-        """
+        the cache that is read: it can be compiled as a whole, once for each of these."""
         # an input sees itself and those before
         visible = torch.arange(length, device=x.device) <= index[:, None]  # (T, length)
         state = self.backbone(x, index, caches, visible)[:, -1]  # (B or 2B, dim)
@@ -1041,11 +979,8 @@ class Llama(nn.Module):
 
 
 def random_numbers(class_ids: Tensor, length: int, seed: int = 0) -> Tensor:
-    """Uniform numbers in [0, 1), one a token, for pictures of the classes (B,) -> (B, length).
-
-    Those of the j-th picture of class c follow from (seed, c, j) and nothing else: a picture stays
-    the same whatever is made beside it.
-    """
+    """Uniform numbers in [0, 1), one a token, for pictures of the classes (B,) -> (B, length). The
+    j-th picture of class c has those of (seed, c, j): it is the same whatever is made beside it."""
     rows, count = [], Counter()
     for c in class_ids.tolist():
         generator = np.random.default_rng((seed, c, count[c]))
@@ -1067,10 +1002,8 @@ def draw(probs: Tensor, random: Tensor) -> Tensor:
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
                   top_p: float = 1.0) -> Tensor:
     """Logits (B, V) -> logits (B, V) divided by the temperature, -inf where filtered out.
-
     top_k keeps the k largest (and ties), 0 keeps all. top_p then keeps the largest until their
-    probability exceeds p. Temperatures below 1e-6 count as 1e-6, which is greedy.
-    """
+    probability exceeds p. Temperatures below 1e-6 count as 1e-6, which is greedy."""
     logits = logits / max(temperature, 1e-6)
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
@@ -1087,10 +1020,8 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
 def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor,
                  patch_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy in nats of global and of patch tokens; the former is 0 without globals.
-
     Their sum is trained, so a global token of the released model weighs N / M = 3.4 patch tokens;
-    with global_weight M / N in train_ar.py all tokens weigh the same.
-    """
+    with global_weight M / N in train_ar.py all tokens weigh the same."""
     patch_loss = F.cross_entropy(patch_logits.flatten(0, 1).float(), patch_ids.flatten())
     if global_ids.shape[1] == 0:
         return torch.zeros_like(patch_loss), patch_loss
@@ -1106,6 +1037,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import errno
 import hashlib
 import inspect
 import io
@@ -1126,18 +1058,18 @@ from PIL import Image, ImageCms, ImageOps
 
 
 class RevivingQuantizer(VectorQuantizer):
-    """For small data, not part of Hita: training moves unused codes, at first all, onto outputs of
-    the encoder."""
+    """For small data, not in Hita: training moves unused codes, at first all, onto z."""
 
     def __init__(self, size: int, dim: int, beta: float = 0.25):
         super().__init__(size, dim, beta)
         self.register_buffer("hits", torch.zeros(size))  # decaying count of uses, (V,)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.training:
+        learns = self.training and torch.is_grad_enabled()  # encode moves nothing
+        if learns:
             self.revive(F.normalize(z.detach().float(), dim=-1).flatten(0, 1))
         codes, ids, loss = super().forward(z)
-        if self.training:
+        if learns:
             self.hits += all_sum(count_ids(ids, len(self.hits)).sum(dim=0))
         return codes, ids, loss
 
@@ -1146,7 +1078,6 @@ class RevivingQuantizer(VectorQuantizer):
         """Put codes with fewer than 0.1 remembered uses onto some of z (B*T, C)."""
         self.hits *= 0.9  # a use is forgotten after 22 steps
         dead = self.hits < 0.1
-
         # of the outputs of all processes, as the first chooses: codebooks stay the same
         every = z.new_zeros(world(), *z.shape)
         every[rank()] = z
@@ -1164,11 +1095,8 @@ def count_ids(ids: Tensor, size: int) -> Tensor:
 
 
 def usage(name: str, counts: Tensor) -> dict[str, float]:
-    """Counts (T, V) -> share of codes in use; bits, the mean entropy at a position.
-
-    Bits say how much a token tells of a picture. A codebook can be in use while every position
-    has its own constant code: that is 0 bits.
-    """
+    """Counts (T, V) -> share of codes in use; bits, the mean entropy at a position: what a token
+    tells of a picture. All codes can be in use and constant at their positions: that is 0 bits."""
     counts = counts.cpu().double()  # MPS has no float64
     p = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     bits = torch.special.entr(p).sum(dim=1).mean() / math.log(2)
@@ -1185,22 +1113,32 @@ def cumulative_sums(probs: Tensor) -> Tensor:
     return (inner + before[..., None]).flatten(1)[:, :V]
 
 
-def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], size: int) -> None:
-    """HitaError unless ids are int64 of this shape, from 0 to size - 1."""
-    found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids)
-    check(found == f"torch.int64 {shape}", f"{name} are {found}, not torch.int64 {shape}")
+def check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], size: int) -> None:
+    """HitaError unless ids are int64, from 0 to size - 1, of this shape; None fits all lengths."""
+    found = (ids.dtype, *ids.shape) if isinstance(ids, Tensor) else (type(ids),)
+    wanted = torch.int64, *shape
+    fits = len(found) == len(wanted) and all(b in (None, a) for a, b in zip(found, wanted))
+    check(fits, f"{name} are {', '.join(map(str, found))}, not {', '.join(map(str, wanted))}")
     wrong = ids[(ids < 0) | (ids >= size)].tolist()
     check(not wrong, f"{name} must be 0 to {size - 1}, not {wrong[:3]}")
+
+
+def check_range(low: float, high: float, *, whole: bool = False, **values) -> None:
+    """HitaError unless these are numbers, or whole ones, from low to high."""
+    kind = (int, np.integer) if whole else (int, float, np.number)
+    for name, x in values.items():
+        fits = isinstance(x, kind) and low <= x <= high
+        check(fits, f"{name} is {x}, it must be a number from {low} to {high}")
 
 
 def check_images(images: Tensor, stride: int, dtype: torch.dtype) -> None:
     """HitaError unless (B, 3, H, W) in [-1, 1]; a warning where it looks like [0, 1]."""
     found = images.dtype if isinstance(images, Tensor) else type(images)
-    check(found == dtype, f"images are {found}, not a {dtype} tensor in [-1, 1]: "
-          "load_picture(file or PIL picture, size) makes one; of bytes take x / 127.5 - 1")
+    check(found == dtype, f"images are {found}, not {dtype} in [-1, 1]: load_picture makes such, "
+                          "or x / 127.5 - 1 of bytes")
     shape = tuple(images.shape)
     fits = len(shape) == 4 and shape[1] == 3 and not shape[2] % stride and not shape[3] % stride
-    check(fits, f"images are {shape}, not (B, 3, H, W) with sides divisible by {stride}")
+    check(fits and min(shape) > 0, f"images are {shape}, not (B, 3, H, W), H and W n x {stride}")
     low, high = images.min(), images.max()
     check(low > -2 and high < 2, f"pixels are {low:.3g} to {high:.3g}, not in [-1, 1]")
     if 0 <= low < high:
@@ -1208,7 +1146,7 @@ def check_images(images: Tensor, stride: int, dtype: torch.dtype) -> None:
 
 
 def psnr(images: Tensor, recon: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB: (B, 3, H, W) in [-1, 1], twice -> (B,)"""
+    """PSNR in dB: (B, 3, H, W) in [-1, 1], twice -> (B,)"""
     mse = (images - recon.clamp(-1, 1)).float().square().flatten(1).mean(dim=1)
     return 10 * torch.log10(4 / mse.clamp(min=1e-10))  # the values span 2
 
@@ -1251,16 +1189,13 @@ class AllMean(torch.autograd.Function):
         return all_sum(grad.clone()) / world()
 
 
-all_mean = AllMean.apply
-
-
 def barrier() -> None:
     """Wait until every process is here."""
     all_sum(torch.zeros(1))
 
 
 def set_up_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is; joins the processes of torchrun."""
+    """That device, or the best there is; joins the processes of torchrun."""
     mps = torch.backends.mps.is_available()
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
@@ -1275,7 +1210,19 @@ def set_up_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, ValueError) as e:
         raise HitaError(f"no device {name} here ({first_line(e)}): try --device cpu") from e
     torch.backends.cudnn.allow_tf32 = False  # with TF32 some ids would be others
+    if device.type == "cuda" and not has_bfloat16(device):
+        say("this GPU only emulates bfloat16: all is computed in float32")
     return device
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU computes in bfloat16; those before Ampere only emulate it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where the device has it, else float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
 def distribute(model: nn.Module) -> nn.Module:
@@ -1296,12 +1243,11 @@ def use_compile(asked: bool | None, preset: str, device: torch.device) -> bool:
 
 def seed_step(seed: int, step: int) -> None:
     """Seed torch from (seed, step, process): no random state has to be saved."""
-    state = np.random.SeedSequence((seed, step, rank())).generate_state(1)
-    torch.manual_seed(int(state[0]))
+    torch.manual_seed(np.random.SeedSequence((seed, step, rank())).generate_state(1).item())
 
 
 class Stop:
-    """SIGTERM, Ctrl-C: the step ends, the run is saved; a second Ctrl-C ends it at once."""
+    """SIGTERM, Ctrl-C: the step ends, the run is saved; a second Ctrl-C is at once."""
 
     def __init__(self):
         self.signalled = torch.zeros(1)
@@ -1321,7 +1267,7 @@ class Stop:
 
 
 def ignore_signals(worker: int) -> None:
-    """For loader processes, which end with the process that they load for."""
+    """For loaders: the last step may need their batches; run_script ends them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -1331,30 +1277,52 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def explanation(error: Exception, memory: str) -> str | None:
+    """One line for what a user can mend, None for mistakes in the code."""
+    if isinstance(error, HitaError):  # one of a loader's process ends a traceback
+        return str(error).rpartition("hita.HitaError: ")[2].strip()
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{first_line(error)} What helps: {memory}"
+    file = error.filename if isinstance(error, OSError) else None
+    words = [*(word.rpartition("=")[2] for word in sys.argv[1:]), "out", EMOJI.parent]
+    named = [word for word in words if isinstance(file, (str, Path))
+             and Path(os.path.abspath(file)).is_relative_to(os.path.abspath(word))]
+    full = errno.errorcode.get(getattr(error, "errno", None)) in ("ENOSPC", "EDQUOT", "EFBIG")
+    if named or full:
+        return f"{first_line(error)}; choose another place"
+
+
 def run_script(main, memory: str) -> None:
-    """Call a script's main. What a user or the machine caused is one line, with status 2; memory
-    says what helps where a GPU has too little."""
-    for stream in (sys.stdout, sys.stderr):
+    """Call a script's main. What a user can mend ends in one line and status 2, a mistake in the
+    code in its traceback, and all processes end. memory: what helps where a GPU has too little."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None where it was closed
+        setattr(sys, name, stream)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # for odd file names
+    status = 0
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
-    except (HitaError, OSError, MemoryError, RuntimeError) as e:
-        machine = re.search("memory|worker|gloo|NCCL|[Pp]eer", str(e))
-        if isinstance(e, RuntimeError) and not machine:
+        status = 130
+    except Exception as e:
+        text, status = explanation(e, memory), 2
+        if text:
+            print("error:", text, file=sys.stderr, flush=True)
+        elif world() == 1:
             raise
-        text = first_line(e)
-        if isinstance(e, HitaError):  # one of a loader's process ends a traceback
-            text = str(e).strip().splitlines()[-1].removeprefix("hita.HitaError: ")
-        elif isinstance(e, torch.OutOfMemoryError):
-            text += f" What helps: {memory}"
-        elif isinstance(e, OSError):
-            text += "; choose another place"
-        print("error:", text, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(2) if world() > 1 else sys.exit(2)  # without waiting for the others
+        else:
+            sys.excepthook(*sys.exc_info())
+    finally:
+        # Python would wait for loaders for ever, torch raise an error where one ends
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for loader in torch.multiprocessing.active_children():
+            loader.kill()
+            loader.join()
+    sys.stdout.flush()
+    if status:
+        os._exit(status) if world() > 1 else sys.exit(status)  # without waiting for the others
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -1382,20 +1350,24 @@ LLAMA_SIZES = {  # the paper's names, its nominal sizes and the true ones
     "prints": dict(layers=6, heads=7, dim=224, dropout=0.15),
 }
 
-MAY_BE_ZERO = {"dropout", "token_dropout", "class_dropout", "num_global", "k", "beta", "lr_final",
-               "warmup", "weight_decay", "lpips_weight", "gan_weight", "global_weight",
-               "keep_every", "workers", "seed"}
-SHARES = {"dropout", "token_dropout", "class_dropout", "ema"}  # below 1
+POSITIVE = set(
+    "channels channel_mult res_blocks latent_dim layers dim global_codebook_size steps batch_size "
+    "patch_codebook_size global_code_dim patch_code_dim dino_dim accumulate lr clip gan_width "
+    "crop_range copies log_every eval_every".split())
+NOT_NEGATIVE = set(
+    "num_global k beta lr_final warmup weight_decay lpips_weight gan_weight gan_start "
+    "global_weight sample_cfg keep_every workers seed".split())
+SHARES = {"dropout", "token_dropout", "class_dropout", "ema"}
 
 
 def check_numbers(settings):
-    """The settings. HitaError if a number is negative, not finite or out of range."""
+    """The settings. HitaError if a number in a list is out of range."""
     for name, value in vars(settings).items():
+        text = f"{name} is {value}, it must be"
         for x in value if isinstance(value, tuple) else (value,):
-            if not isinstance(x, (bool, str)):
-                positive = x > 0 or x == 0 and name in MAY_BE_ZERO
-                check(positive and x < math.inf, f"{name} is {value}, it must be positive")
-                check(x < 1 or name not in SHARES, f"{name} is {value}, it must be below 1")
+            check(name not in POSITIVE or 0 < x < math.inf, f"{text} positive")
+            check(name not in NOT_NEGATIVE or 0 <= x < math.inf, f"{text} 0 or more")
+            check(name not in SHARES or 0 <= x < 1, f"{text} 0 or more and below 1")
     return settings
 
 
@@ -1410,17 +1382,26 @@ class Parser(argparse.ArgumentParser):
         """The command line is wrong."""
         raise HitaError(f"{message}; see --help")
 
+    def parse_args(self) -> argparse.Namespace:
+        """The command line. HitaError for an empty value, as of "$UNSET"."""
+        for before, word in zip(sys.argv, sys.argv[1:]):
+            empty = not word or re.fullmatch("--[a-z-]+=", word)
+            check(not empty, f"{word or before} is empty: leave it out")
+        if any(EMOJI.stem in word for word in sys.argv):
+            embedded_data()  # or a path in it would not be there
+        return super().parse_args()
+
     def add_run(self, presets: list[str]) -> None:
         """The flags that both training scripts have."""
         add = self.add_argument
-        add("--preset", choices=presets, help="settings to start from [emoji's, as below]")
-        add("--data", help="folder with train/<class>/... and val/... [embedded pictures]")
+        add("--preset", choices=presets, help="settings to start from [emoji]")
+        add("--data", help="folder with train/<class>/, val/<class>/ [embedded]")
         add("--out", default="out", help="run directory [out]")
         add("--export", metavar="FILE", help="write the weights alone and stop")
         add("--resume", nargs="?", const="", metavar="FILE",
-            help="go on from this checkpoint, or from the run directory's if there is one")
-        add("--init-from", metavar="FILE", help="start from weights: a file or released name")
-        add("--dino-file", metavar="FILE", help="DINOv2 weights, .pth or .safetensors [the Hub's]")
+            help="go on from this checkpoint [the one in the run directory]")
+        add("--init-from", metavar="FILE", help="start from weights: file or released name")
+        add("--dino-file", metavar="FILE", help="DINOv2 weights [the Hub's]")
         add("--device", help="cuda, mps or cpu [the best there is]")
         add("--compile", action=argparse.BooleanOptionalAction,
             help="torch.compile, takes minutes [on CUDA, but for the demo]")
@@ -1437,7 +1418,7 @@ class Parser(argparse.ArgumentParser):
             if isinstance(value, bool):
                 how = {"action": argparse.BooleanOptionalAction}
             group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how,
-                               help=f"{comments[name]} [{value}]".replace("%", "%%"))
+                               help=f"{comments.get(name, '')} [{value}]".replace("%", "%%"))
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -1458,7 +1439,7 @@ warnings.filterwarnings("ignore", module="PIL")  # of files with faults that do 
 
 
 def embedded_data() -> Path:
-    """The folder of the embedded pictures, unpacked beside the zip at first use."""
+    """The embedded pictures, unpacked beside the zip at first use."""
     folder = EMOJI.with_suffix("")
     if rank() == 0 and not folder.is_dir():
         check(EMOJI.is_file(), f"{EMOJI} is missing: clone the repository again")
@@ -1474,20 +1455,26 @@ PICTURES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif
 NOT_DATA = {"__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin"}
 
 
-def data_entries(folder: str | Path) -> list[os.DirEntry]:
-    """A folder's entries by name, without what is hidden or other programs' own."""
-    entries = [entry for entry in os.scandir(folder)
-               if entry.name[0] != "." and entry.name.lower() not in NOT_DATA]
-    return sorted(entries, key=lambda entry: entry.name)
+def data_entries(folder: str | Path) -> list[tuple[str, str, bool]]:
+    """Name, path, whether a folder, of what is in a folder, but for hidden and foreign things."""
+    entries = [x for x in os.scandir(folder)
+               if x.name[0] != "." and x.name.lower() not in NOT_DATA]
+    return sorted((x.name, x.path, os.path.isdir(x) if x.is_symlink() else x.is_dir())
+                  for x in entries)  # the disk is asked for links only, not for a million files
 
 
-def picture_files(folder: str | Path, depth: int = 8):
-    """The picture files below a folder, through links, `depth` folders deep."""
-    for entry in data_entries(folder):
-        if os.path.isdir(entry.path):
-            yield from picture_files(entry.path, depth - 1) if depth else ()
-        elif entry.name.lower().endswith(PICTURES):
-            yield entry.path
+def picture_files(folder: str | Path, above: tuple[str, ...] = (), seen: set | None = None):
+    """The picture files below a folder, through links, but not to folders above or seen before."""
+    real, seen = os.path.realpath(folder), set() if seen is None else seen
+    is_above = any(f"{x}{os.sep}".startswith(f"{real}{os.sep}") for x in above)
+    is_class = len(above) > 1 and os.path.dirname(real) == above[0]  # another than this
+    if not (is_above or is_class or real in seen):
+        seen.add(real)
+        for name, path, is_folder in data_entries(folder):
+            if is_folder:
+                yield from picture_files(path, (*above, real), seen)
+            elif name.lower().endswith(PICTURES):
+                yield path
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -1498,7 +1485,6 @@ def on_white(image: Image.Image) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] == "I":
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-
     # colours and transparency apart, since profiles know nothing of the latter
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     if image.mode not in ("L", "RGB", "CMYK"):
@@ -1514,11 +1500,17 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def read_picture(picture) -> Image.Image:
-    """A file or a PIL picture as on_white gives it; damaged files raise anything."""
-    if isinstance(picture, Image.Image):
-        return on_white(picture)
-    with Image.open(picture) as image:
-        return on_white(image)
+    """A file (name or open) or a PIL picture as on_white gives it. HitaError if damaged."""
+    try:
+        if isinstance(picture, Image.Image):
+            return on_white(picture)
+        with Image.open(picture) as image:
+            return on_white(image)
+    except NameError:  # of this code, not of a file
+        raise
+    except Exception as e:  # damaged files raise nearly everything
+        name = picture if isinstance(picture, (str, Path)) else type(picture)
+        raise HitaError(f"the picture {name} cannot be read: {first_line(e)}") from e
 
 
 def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None = None,
@@ -1535,21 +1527,13 @@ def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None =
     x, y = spare[0] // 2, spare[1] // 2
     if rng is not None:
         x, y = int(rng.integers(spare[0] + 1)), int(rng.integers(spare[1] + 1))
-    square = image.crop((x, y, x + size, y + size))
-    pixels = torch.from_numpy(np.array(square))  # (size, size, 3)
+    pixels = torch.from_numpy(np.array(image.crop((x, y, x + size, y + size))))  # (size, size, 3)
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def load_picture(picture, size: int) -> Tensor:
-    """A file (name or open) or PIL picture -> its centre (1, 3, size, size) in [-1, 1].
-
-    Raises HitaError if it cannot be read.
-    """
-    try:
-        return crop_square(read_picture(picture), size)[None]
-    except Exception as e:  # damaged files raise nearly everything
-        name = picture if isinstance(picture, (str, Path)) else type(picture)
-        raise HitaError(f"the picture {name} cannot be read: {first_line(e)}") from e
+    """A file or PIL picture -> its centre (1, 3, size, size) in [-1, 1]. HitaError if damaged."""
+    return crop_square(read_picture(picture), size)[None]
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -1569,9 +1553,8 @@ class Pictures(torch.utils.data.Dataset):
 
     The classes are the folders in DIR/train that hold pictures. augment: crop and flip follow from
     (seed, epoch, index); without it epoch 0 is the plain picture, 1 its mirror image, later ones
-    are augmented. A picture that cannot be read is named, and one of its class stands in.
-    HitaError if there are no pictures.
-    """
+    are augmented. A picture that cannot be read is named, and the next one stands in. HitaError if
+    there are no pictures, or 20 in a row cannot be read."""
 
     def __init__(self, root: str | Path, split: str, size: int, augment: bool = False,
                  crop_range: float = 1.0, seed: int = 0):
@@ -1579,42 +1562,42 @@ class Pictures(torch.utils.data.Dataset):
         self.root, self.split = Path(root) / split, split
         self.size, self.augment, self.crop_range, self.seed = size, augment, crop_range, seed
         folder = Path(root) / "train"
-        check(folder.is_dir(), f"no folder {folder}: pictures belong in {folder}/<class>/")
-        self.classes = [entry.name for entry in data_entries(folder)
-                        if os.path.isdir(entry.path) and next(picture_files(entry.path), None)]
+        check(folder.is_dir(), f"no folder {folder}: put pictures in {folder}/<class>/")
+        files = lambda path: picture_files(path, (os.path.realpath(Path(path).parent),))
+        self.classes = [name for name, path, is_folder in data_entries(folder)
+                        if is_folder and next(files(path), None)]
         folders = [(self.root / name, label) for label, name in enumerate(self.classes)]
         self.samples = [(path, label) for folder, label in folders if folder.is_dir()
-                        for path in picture_files(folder)]
-        check(len(self) > 0, f"no pictures in {self.root}/<class>/, of classes as in {folder}")
-        others = [x.name for x in data_entries(self.root) if x.name not in self.classes]
+                        for path in files(folder)]
+        check(len(self) > 0, f"no pictures in {self.root}/<class>/, classes of {folder}")
+        others = [name for name, *_ in data_entries(self.root) if name not in self.classes]
         if others:
             say(f"left out in {self.root}, no classes of {folder}: {', '.join(others[:5])}")
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def candidates(self, epoch: int, index: int):
-        """The picture, then what may stand in for it: first others of its class."""
-        yield index
-        rng = np.random.default_rng((self.seed, epoch, index, 1))
-        of_others = [label != self.samples[index][1] for _, label in self.samples]
-        order = rng.random(len(self))
-        yield from np.lexsort((order, of_others))  # by the last key, then by the first
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """The picture or, where it cannot be read, the next that can, and its class."""
+        errors = []
+        while len(errors) < min(20, len(self)):
+            path, label = self.samples[(index + len(errors)) % len(self)]
+            try:
+                return read_picture(path), label
+            except HitaError as e:
+                errors.append(e)
+                print("skipped:", e, file=sys.stderr, flush=True)
+        raise HitaError(f"none of {len(errors)} pictures in a row can be read; {errors[0]}")
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = item
-        for i in self.candidates(epoch, index):
-            path, label = self.samples[i]
-            # augmentation depends on nothing but these three numbers
-            random = self.augment or epoch > 1
-            rng = np.random.default_rng((self.seed, epoch, index)) if random else None
-            try:
-                image = crop_square(read_picture(path), self.size, rng, self.crop_range)
-                flip = rng.random() < 0.5 if random else epoch == 1
-                return image.flip(-1) if flip else image, label
-            except Exception as e:  # damaged files raise nearly everything
-                print(f"skipped {path}: {first_line(e)}", file=sys.stderr, flush=True)
-        raise HitaError(f"none of the {len(self)} pictures in {self.root} can be read")
+        image, label = self.read(index)
+        # augmentation depends on nothing but these three numbers
+        random = self.augment or epoch > 1
+        rng = np.random.default_rng((self.seed, epoch, index)) if random else None
+        image = crop_square(image, self.size, rng, self.crop_range)
+        flip = rng.random() < 0.5 if random else epoch == 1
+        return image.flip(-1) if flip else image, label
 
     def signature(self) -> list:
         """What a cache of these pictures depends on: names, sizes, dates."""
@@ -1627,11 +1610,11 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def validation_pictures(train: Pictures) -> Pictures:
-    """Those of the folder val; where there is none, about 1,000 of train, plain."""
+    """Those in val; where there is no val, about 1,000 of train, plain."""
     root = train.root.parent
     if (root / "val").is_dir():
         return Pictures(root, "val", train.size)
-    say(f"{root} has no folder val: figures called train_... are of training pictures")
+    say(f"{root} has no val: figures called train_... are of training pictures")
     some = copy.copy(train)
     some.augment, some.samples = False, train.samples[::max(1, len(train) // 1000)]
     return some
@@ -1646,36 +1629,44 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
 def batch(step: int, length: int, batch_size: int, seed: int) -> list[tuple[int, int]]:
     """(epoch, index) of this process's share of a step."""
     share, rest = divmod(batch_size, world())
-    check(rest == 0, f"batch_size {batch_size} cannot be divided among {world()} processes")
+    check(rest == 0, f"batch_size {batch_size} is no multiple of {world()} processes")
     first = (step - 1) * batch_size + rank() * share
     places = (divmod(position, length) for position in range(first, first + share))
     return [(epoch, epoch_order(length, seed, epoch)[place].item()) for epoch, place in places]
 
 
+def new_array(path: Path, dtype: type, shape: tuple[int, ...], copies: int = 1) -> None:
+    """Zeros as a .npy file. HitaError without room for it: a full disk kills who maps it."""
+    needed = copies * math.prod(shape) * np.dtype(dtype).itemsize
+    free = shutil.disk_usage(path.parent).free
+    check(needed < free, f"{path} takes {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
+    write_file(path, lambda f: np.save(f, np.zeros(shape, dtype)))  # no file with holes
+
+
 def picture_array(path: Path, count: int, size: int) -> np.ndarray:
     """Zeros (count, size, size, 3) uint8 on the disk, filled by all processes."""
-    raw = path.with_name(path.name + ".tmp")
+    raw = path.with_name(f".{path.name}.raw")
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(raw, "w+", np.uint8, (count, size, size, 3))
+        new_array(raw, np.uint8, (count, size, size, 3), copies=2)  # and once more when packed
     barrier()
     return np.lib.format.open_memmap(raw, "r+")
 
 
-def pack_pictures(path: Path, pictures: np.ndarray, *labels: np.ndarray) -> None:
-    """Pack what picture_array gave as .npz: arr_0, as ADM has it, and labels arr_1."""
-    pictures.flush()
+def pack_pictures(path: Path, *labels: np.ndarray) -> None:
+    """Pack that array, which nobody uses any more, as .npz: arr_0, as ADM has it, labels arr_1."""
     barrier()
     if rank() == 0:
-        np.savez(path, pictures, *labels)
-        path.with_name(path.name + ".tmp").unlink()
+        raw = path.with_name(f".{path.name}.raw")  # Windows would not remove a mapped file
+        write_file(path, lambda f: np.savez(f, np.load(raw, mmap_mode="r"), *labels))
+        raw.unlink()
     barrier()
 
 
 # ---- Training ----------------------------------------------------------------
 
 def learning_rate(step: int, recipe) -> float:
-    """Linear warm-up from 1e-7, then a cosine from lr to lr_final; step counts from 1."""
+    """Linear warm-up from 1e-7, a cosine from lr to lr_final; step counts from 1."""
     if step <= recipe.warmup:
         return 1e-7 + step * (recipe.lr - 1e-7) / recipe.warmup
     progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
@@ -1685,7 +1676,7 @@ def learning_rate(step: int, recipe) -> float:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * model for the parameters; buffers are copied."""
+    """ema <- decay ema + (1 - decay) model of the parameters; buffers are copied."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for ours, theirs in zip(ema.buffers(), model.buffers()):
         ours.copy_(theirs)
@@ -1694,14 +1685,13 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 def optimizer_step(optimizer: torch.optim.Optimizer, model: nn.Module, clip: float) -> Tensor:
     """Clip the gradients, take a step -> their norm. HitaError if not finite."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    check(bool(norm.isfinite()), "the run has diverged, a gradient is not finite: go on from the "
-          "checkpoint before with --resume and a lower --lr")
+    check(bool(norm.isfinite()), "a gradient is not finite: --resume with a lower --lr")
     optimizer.step()
     return norm
 
 
 class Log:
-    """Lines of figures, printed and appended as JSON to a file; lines after `start` are removed."""
+    """Lines of figures, printed and appended to a JSON file, without lines after `start`."""
 
     def __init__(self, path: Path, steps: int, start: int):
         self.path, self.steps = path, steps
@@ -1712,20 +1702,19 @@ class Log:
             path.write_text("".join(x for x in whole if json.loads(x)["step"] <= start))
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Figures of a step: scalars, which are averaged, and counts of ids (T, V)."""
+        """Of a step: scalars, which are averaged, and counts of ids (T, V)."""
         for name, value in values.items():
-            total, times = self.values.get(name, (0, 0))
-            self.values[name] = total + value.detach(), times + 1
+            value = torch.as_tensor(value, dtype=torch.float32).detach()
+            key = name, value.dim() == 2  # a loss may have the name of a kind of ids
+            total, times = self.values.get(key, (0, 0))
+            self.values[key] = total + (value if key[1] else value.mean()), times + 1
 
     def write(self, step: int, batch_size: int) -> None:
         """A line of what was added since the last one, and of the speed."""
         figures = {}
-        for name, (total, times) in self.values.items():
-            total = all_sum(total.float())  # only here the device is waited for
-            if total.dim():
-                figures |= usage(name, total)
-            else:
-                figures[name] = total.item() / times / world()
+        for (name, is_count), (total, times) in self.values.items():
+            total = all_sum(total)  # only here the device is waited for
+            figures |= usage(name, total) if is_count else {name: total.item() / times / world()}
         speed = (step - self.last) / (time.time() - self.since)  # steps per second
         figures |= {"images/s": speed * batch_size, "eta_min": (self.steps - step) / speed / 60}
         self.line(step, figures)
@@ -1736,35 +1725,46 @@ class Log:
             text = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
             print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}", flush=True)
             with open(self.path, "a") as f:
-                f.write(json.dumps({"step": step, **figures}) + "\n")
+                f.write(json.dumps({"step": step, **figures} | {"step": step}) + "\n")
         self.values, self.last, self.since = {}, step, time.time()
 
 
 # ---- Checkpoints: plain tensors and values, loaded with weights_only=True ----
 #
-# kind, step, config, recipe; model, ema, optimizer, ... (states); classes of a Llama; made_from:
+# kind, step, config, recipe; states of model, ema, optimizer, ...; classes of a Llama; made_from:
 # data (folder, None: embedded), pictures, preset, dino_file, tokenizer, tokenizer_hash.
 
-def save_checkpoint(path: Path, data: dict) -> None:
-    """Write to a temporary file and move it into place: never half a file."""
-    temporary = path.with_suffix(".tmp")
+def check_writable(path: Path, folder: bool = False) -> None:
+    """HitaError unless a file, or folder, can be written there; makes nothing."""
+    place = next(x for x in path.absolute().parents if os.path.exists(x))
+    fits = not os.path.exists(path) or os.path.isdir(path) == folder and os.access(path, os.W_OK)
+    check(fits and os.path.isdir(place) and os.access(place, os.W_OK),
+          f"{path} cannot be written: choose another place")
+
+
+def write_file(path: Path, write) -> None:
+    """write(file) fills a temporary file, which moves into place: never half a file."""
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        torch.save(data, temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            write(f)
+            os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        raise HitaError(f"cannot write {path}, is there room? ({first_line(e)})") from e
+    finally:
         temporary.unlink(missing_ok=True)
-        raise HitaError(f"cannot write {path} ({first_line(e)}); what was there before is "
-                        "untouched") from e
 
 
 def save_run(out: Path, kind: str, step: int, cfg, recipe, parts: dict, **facts) -> None:
-    """Save a run as <kind>.pt, and at multiples of keep_every also as <kind>-<step>.pt."""
+    """A run as <kind>.pt, at multiples of keep_every also as <kind>-<step>.pt."""
     if rank() == 0:
         data = {"kind": kind, "step": step, "config": vars(cfg), "recipe": vars(recipe), **facts}
         data |= {name: part.state_dict() for name, part in parts.items()}
         if recipe.keep_every and step % recipe.keep_every == 0:
-            save_checkpoint(out / f"{kind}-{step:06d}.pt", data)
-        save_checkpoint(out / f"{kind}.pt", data)
+            write_file(out / f"{kind}-{step:06d}.pt", partial(torch.save, data))
+        write_file(out / f"{kind}.pt", partial(torch.save, data))
     barrier()
 
 
@@ -1776,23 +1776,51 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
     """A file or released model; "config" is a dataclass, "ema" holds weights under our names.
     HitaError if there is none, or one that would run code or holds something else."""
     Config, _, script = KINDS[kind]
-    if str(path) in RELEASED and not Path(path).exists():
+    if str(path) in RELEASED:
         path = released_file(str(path), kind)
     remedy = f"make one with python {script}, or see python sample.py --list"
     check(Path(path).is_file(), f"there is no {kind} checkpoint {path}; {remedy}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # of released files
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if "kind" not in data:
-            weights = data.get("ema") or data.get("model") or data
-            data |= from_released(weights)
-        elif data["kind"] == kind:
-            data["config"] = check_numbers(Config(**data["config"]))
-    except Exception as e:  # of many kinds, or wrong contents
-        why = first_line(e) if isinstance(e, (HitaError, TypeError)) else type(e).__name__
-        raise HitaError(f"{path} is no checkpoint that reads safely ({why}); {remedy}") from e
-    check(data["kind"] == kind, f"{path} holds a {data['kind']}, a {kind} is needed; {remedy}")
+            mmap = os.name != "nt"  # Windows cannot replace a mapped file
+            data = {**torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)}
+    except Exception as e:  # of many kinds
+        raise HitaError(f"{path} is no checkpoint that reads safely ({type(e).__name__}); "
+                        f"{remedy}") from e
+    if "kind" not in data:
+        places = data.get("ema"), data.get("model"), data
+        data |= from_released(next((x for x in places if isinstance(x, dict) and x), {}))
+    found = f"a {data['kind']}" if {"kind", "config", "ema"} <= data.keys() else "no checkpoint"
+    check(found == f"a {kind}", f"{path} holds {found}, a {kind} is needed; {remedy}")
+    if isinstance(data["config"], dict):
+        data["config"] = settings_of(Config, data["config"], path)
     return {"made_from": {}, **data}
+
+
+def settings_of(Config, values: dict, path: str | Path):
+    """Settings of a checkpoint. HitaError for those that this version does not know."""
+    usual = vars(Config())
+    wrong = {name: x for name, x in values.items()
+             if name not in usual or isinstance(x, str) != isinstance(usual[name], str)}
+    check(not wrong, f"{path} is of another version: what is {wrong}?")
+    return check_numbers(Config(**values))
+
+
+MAY_CHANGE = "k beta dropout token_dropout class_dropout image_size grid num_classes".split()
+
+
+def as_flag(name: str, value) -> str:
+    """As it is typed: '--dim 128', '--channel-mult 1,1,2', '--no-centre'."""
+    text = "" if isinstance(value, bool) else str(value).strip("()").replace(", ", ",")
+    return f"--{'no-' * (value is False)}{name.replace('_', '-')} {text}".strip()
+
+
+def check_start(path: str, theirs, ours, presets: dict) -> None:
+    """HitaError where weights of settings `theirs` do not go on as `ours`: what fits."""
+    differ = lambda cfg: [as_flag(name, value) for name, value in vars(theirs).items()
+                          if name not in MAY_CHANGE and value != getattr(cfg, name)]
+    fits = [f", or --preset {name}" for name, preset in presets.items() if not differ(preset)]
+    check(not differ(ours), f"{path} needs {' '.join(differ(ours))}{''.join(fits)}")
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
@@ -1800,34 +1828,28 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path)
     try:
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as e:
-        why = str(e).strip().splitlines()[-1].strip()
-        raise HitaError(f"{path} does not fit the settings: {why}") from e
+        raise HitaError(f"{path} does not fit: {str(e).strip().splitlines()[-1].strip()}") from e
 
 
 def load_model(path: str | Path, kind: str) -> HitaTokenizer | Llama:
     """EMA weights, in eval mode on the CPU; `made_from` says of what."""
-    data, (_, Model, _) = read_checkpoint(path, kind), KINDS[kind]
-    model = Model(data["config"])
+    data = read_checkpoint(path, kind)
+    model = KINDS[kind][1](data["config"])
     load_weights(model, data["ema"], path)
     model.made_from, model.classes = data["made_from"], data.get("classes")
     return model.eval()
 
 
 def load_tokenizer(path: str | Path, dino: str | None = None) -> HitaTokenizer:
-    """The EMA weights of a tokenizer, ours or a released one, in eval mode on the CPU.
-
-    path: a file, or prints, hita-v or hita-u. dino: file of the DINOv2 that encoding needs;
-    add_dino fetches the Hub's. HitaError if a file is missing or does not fit.
-    """
+    """A tokenizer of a file, or prints, hita-v, hita-u: EMA weights, in eval mode, on the CPU.
+    dino: file of the DINOv2 that encoding needs; add_dino fetches the Hub's. HitaError if a file
+    is missing or does not fit."""
     tokenizer = load_model(path, "tokenizer")
     return add_dino(tokenizer, dino) if dino else tokenizer
 
 
 def load_llama(path: str | Path) -> Llama:
-    """The EMA weights of a Llama, ours or a released one, in eval mode on the CPU.
-
-    path: a file, or a name in RELEASED. HitaError if the file is missing or does not fit.
-    """
+    """A Llama of a file, or a name in RELEASED: as load_tokenizer."""
     llama = load_model(path, "llama")
     llama.classes = llama.classes or IMAGENET  # the authors' files do not name them
     if str(path) in RELEASED:
@@ -1835,41 +1857,22 @@ def load_llama(path: str | Path) -> Llama:
     return llama
 
 
-def load_dino(name: str, file: str | Path | None = None) -> DINOv2:
-    """A frozen DINOv2, weights of a file or the Hub. HitaError if there are none."""
-    load = partial(torch.load, map_location="cpu", weights_only=True)
-    if str(file).endswith(".safetensors"):
-        load = safetensors.torch.load_file
-    try:
-        return DINOv2(name, load(file) if file else None)
-    except Exception as e:  # files, network, timm: many kinds
-        raise HitaError(f"cannot load {name} from {file or 'the Hub'} ({type(e).__name__}): name "
-                        "a file, as dinov2_vitl14_reg4_pretrain.pth, by --dino-file, of --fd by "
-                        "--features NAME FILE") from e
-
-
 def add_dino(tokenizer: HitaTokenizer, file: str | Path | None = None) -> HitaTokenizer:
-    """The tokenizer with the DINOv2 that it needs, if any: of a file, or the Hub."""
+    """The tokenizer with the DINOv2 that it needs: of a file, or the Hub."""
     if tokenizer.cfg.uses_dino:
-        tokenizer.attach_dino(load_dino(tokenizer.cfg.dino, file))
+        tokenizer.attach_dino(DINOv2(tokenizer.cfg.dino, file))
     return tokenizer
-
-
-def as_exported(tensor: Tensor) -> Tensor:
-    """Matrices in half precision, the rest as it is."""
-    return tensor.half() if tensor.dim() > 1 else tensor
 
 
 def fingerprint(*parts) -> str:
     """A short hash of modules' weights and of plain values."""
     digest = hashlib.sha256()
     for part in parts:
-        if not isinstance(part, nn.Module):
-            digest.update(json.dumps(part).encode())
-            continue
-        for name, tensor in part.state_dict().items():
-            tensor = as_exported(tensor).cpu().contiguous()  # the same before and after
-            digest.update(name.encode() + tensor.numpy().tobytes())
+        is_model = isinstance(part, nn.Module)
+        for name, x in part.state_dict().items() if is_model else ():
+            x = x.half() if x.dim() > 1 else x  # the same after --export
+            digest.update(name.encode() + x.cpu().contiguous().numpy().tobytes())
+        digest.update(b"" if is_model else json.dumps(part).encode())
     return digest.hexdigest()[:16]
 
 
@@ -1885,30 +1888,28 @@ def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str
             tokenizer = load_tokenizer(path)
             if wanted in (None, fingerprint(tokenizer)):
                 return path, tokenizer
-    raise HitaError(f"{places[0]} is not there, or not (any more) the tokenizer of this Llama: "
-                    "name the right one with --tokenizer, or train a Llama on another: python "
-                    "train_ar.py --tokenizer FILE --out NEW_DIR")
+    raise HitaError(f"{places[0]} is not there, or not (any more) this Llama's: name the right "
+                    "--tokenizer, or train anew: python train_ar.py --tokenizer FILE --out NEW_DIR")
 
 
 def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
     """What --resume continues, None for a new run. HitaError for a taken place."""
     newest, log = Path(args.out, f"{kind}.pt"), Path(args.out, f"{kind}.jsonl")
+    check_writable(log)
     path = Path(args.resume or newest)
     if args.resume is None:
-        check(not newest.exists() and not log.exists(), f"{args.out} holds a run already: "
-              "continue it with --resume, or choose another with --out")
+        check(not newest.exists() and not log.exists(),
+              f"{args.out} holds a run already: --resume it, or choose another --out")
         return None
     if not args.resume and not newest.exists():
         return say(f"there is nothing to resume in {args.out}: a new run starts")
-    check(not newest.exists() or not path.exists() or path.samefile(newest), f"{args.out} holds "
-          f"another run, or a later step, than {path}: choose another with --out")
+    check(not newest.exists() or not path.exists() or path.samefile(newest),
+          f"{args.out} holds another run, or a later step: choose another --out")
     saved = read_checkpoint(path, kind)
-    try:
-        return {**saved, "recipe": Recipe(**saved["recipe"]), "path": path,
-                "pictures": saved["made_from"]["pictures"]}
-    except (KeyError, TypeError) as e:
-        raise HitaError(f"{path} holds weights only, or a run of another version: start from "
-                        f"them with --init-from {path}") from e
+    check("recipe" in saved, f"{path} holds weights only: use --init-from {path}")
+    if args.init_from:
+        say(f"--init-from {args.init_from} is for new runs: this one has its own")
+    return {**saved, "recipe": settings_of(Recipe, saved["recipe"], path), "path": path}
 
 
 FIXED = {"seed", "batch_size", "gan_width", "copies", "pictures"}  # beside the model's settings
@@ -1916,52 +1917,50 @@ FIXED = {"seed", "batch_size", "gan_width", "copies", "pictures"}  # beside the 
 
 def check_resume(saved: dict, cfg, recipe, pictures: int) -> None:
     """HitaError for a setting that cannot change within a run."""
-    old = {**vars(saved["config"]), **vars(saved["recipe"]), "pictures": saved["pictures"]}
+    old = {**saved["made_from"], **vars(saved["config"]), **vars(saved["recipe"])}
     new = {**vars(cfg), **vars(recipe), "pictures": pictures}
-    fixed = FIXED | vars(cfg).keys()
-    wrong = [f"{x} is {new[x]} and was {old[x]}" for x in new if x in fixed and new[x] != old[x]]
-    check(not wrong, f"{', '.join(wrong)}: that cannot change within a run; leave it, or start "
-                     "a new run with another --out")
+    wrong = ", ".join(f"{name} is {value} and was {old.get(name)}" for name, value in new.items()
+                      if value != old.get(name) and name in FIXED | vars(cfg).keys())
+    check(not wrong, f"{wrong}: fixed within a run; leave it, or start another with --out")
     done = " (all done: raise --steps)" if saved["step"] >= recipe.steps else ""
     say(f"resuming {saved['path']} after step {saved['step']}{done}")
 
 
 def sources(args: argparse.Namespace, earlier: dict) -> tuple[dict, Path]:
-    """Paths by the flags or else a checkpoint -> those to record, that of the pictures."""
+    """Paths by flags or a checkpoint -> those to record, that of the pictures."""
     paths = {name: getattr(args, name) or earlier.get(name) for name in ("data", "dino_file")}
     paths = {name: path and os.path.abspath(path) for name, path in paths.items()}
     root = paths["data"]
-    check(args.data or not root or Path(root).is_dir(), f"the checkpoint was made from pictures in "
-          f"{root}, not there now: say where they are with --data")
+    check(args.data or not root or Path(root).is_dir(),
+          f"the checkpoint was made from {root}, not there now: give --data")
     return paths, Path(root) if root else embedded_data()
 
 
 def export(args: argparse.Namespace, kind: str) -> None:
     """--export: the weights in half precision, and no paths of this machine."""
-    data, path = read_checkpoint(args.resume or f"{args.out}/{kind}.pt", kind), Path(args.export)
-    check(not path.exists(), f"{path} exists already: choose another name, or remove it")
+    path = Path(args.export)
+    check(not path.exists(), f"{path} exists already")
+    check_writable(path)
+    data = read_checkpoint(args.resume or f"{args.out}/{kind}.pt", kind)
     facts = {name: data[name] for name in ("kind", "step", "classes") if name in data}
-    facts["ema"] = {name: as_exported(tensor) for name, tensor in data["ema"].items()}
+    facts["ema"] = {name: x.half() if x.dim() > 1 else x for name, x in data["ema"].items()}
     facts["config"] = vars(data["config"])
     made = {**data["made_from"], "dino_file": None}
     made["data"] = "/elsewhere" if made.get("data") else None
-    if made.get("tokenizer") not in RELEASED:
-        made["tokenizer"] = None
-    save_checkpoint(path, {**facts, "made_from": made})
+    made["tokenizer"] = next((x for x in RELEASED if x == made.get("tokenizer")), None)
+    write_file(path, partial(torch.save, {**facts, "made_from": made}))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 def restore(saved: dict | None, parts: dict) -> int:
-    """Put the states of a checkpoint, if any, into the parts of a run -> steps done."""
-    if not saved:
-        return 0
-    for name, part in parts.items():
+    """States of a checkpoint, if any, into the parts of a run -> steps done."""
+    for name, part in parts.items() if saved else ():
         state = saved[name]
         # of an optimizer the moments; its learning rate and the like are today's
         if isinstance(part, torch.optim.Optimizer):
             state = {**part.state_dict(), "state": state["state"]}
         part.load_state_dict(state)
-    return saved["step"]
+    return saved["step"] if saved else 0
 
 
 # ---- The released models, on the Hub -----------------------------------------
@@ -1988,7 +1987,7 @@ def released_file(name: str, kind: str) -> str:
     except Exception as e:  # of many kinds
         url = huggingface_hub.hf_hub_url(HUB, RELEASED[name])
         raise HitaError(f"cannot fetch {name} from the Hub ({type(e).__name__}): download {url} "
-                        "elsewhere and name the file: --tokenizer, --llama") from e
+                        "elsewhere, name it by --tokenizer or --llama") from e
 
 
 RELEASED_TOKENIZER = {  # part of their name -> part of ours; order matters
@@ -2003,8 +2002,7 @@ RELEASED_TOKENIZER = {  # part of their name -> part of ours; order matters
     "decode_transformer.transformer.layers": "fusion.layers",
     "decode_transformer.mask_embedding": "fusion.mask_token",
     "decode_transformer.norm_vfm": "fusion.vfm_norm",
-    "decode_transformer.norm": "fusion.norm",
-    "decode_transformer.proj": "fusion.vfm_proj",
+    "decode_transformer.norm": "fusion.norm", "decode_transformer.proj": "fusion.vfm_proj",
     "slot_quantize.embedding.weight": "global_quantizer.codebook",
     "quantize.embedding.weight": "patch_quantizer.codebook",
     "pre_slots_quant": "global_down", "post_slots_quant": "global_up",
@@ -2023,7 +2021,8 @@ RELEASED_LLAMA = {
 
 
 def from_released(weights: dict[str, Tensor]) -> dict:
-    """A released file's tensors as a checkpoint of ours."""
+    """A released file's tensors as a checkpoint of ours; of another file empty."""
+    weights = {str(name): x for name, x in weights.items() if isinstance(x, Tensor)}
     is_llama, ours = "output.weight" in weights, {}
     names = RELEASED_LLAMA if is_llama else RELEASED_TOKENIZER
     for key, tensor in weights.items():
@@ -2031,13 +2030,13 @@ def from_released(weights: dict[str, Tensor]) -> dict:
             continue
         for theirs, our in names.items():
             key = key.replace(theirs, our)
-        ours[key] = tensor
+        is_linear = key in ("patch_down.weight", "patch_up.weight")  # there 1x1 convolutions
+        ours[key] = tensor[..., 0, 0] if is_linear and tensor.dim() == 4 else tensor
     if is_llama:
         output = ours.pop("output.weight")  # (2V, dim), both heads
         ours["global_head.weight"], ours["patch_head.weight"] = output.chunk(2)
-        size = next(s for s in LLAMA_SIZES.values() if s["dim"] == output.shape[1])
+        size = next((s for s in LLAMA_SIZES.values() if s["dim"] == output.shape[1]), {})
         return {"kind": "llama", "config": LlamaConfig(**size), "ema": ours}
-    for name in ("patch_down.weight", "patch_up.weight"):
-        ours[name] = ours[name].flatten(1)  # there they are 1x1 convolutions
-    variant = "hita-u" if "fusion.mask_token" in ours else "hita-v"
-    return {"kind": "tokenizer", "config": TOKENIZERS[variant], "ema": ours}
+    cfg = TOKENIZERS["hita-u" if "fusion.mask_token" in ours else "hita-v"]
+    known = "patch_down.weight" in ours
+    return {"kind": "tokenizer", "config": cfg, "ema": ours} if known else {}

@@ -18,7 +18,7 @@ released model, which is downloaded, those of ImageNet. The random numbers of a 
 """
 
 import difflib
-import os
+import io
 import re
 import time
 from functools import partial
@@ -93,18 +93,12 @@ def parse_args():
     use.add_argument("--npz", metavar="FILE", help="pictures as uint8 (n, H, W, 3), no grid")
     use.add_argument("--fd", nargs=2, metavar="SET", help="Fréchet distance of two sets")
     args = parser.parse_args()
-    for name, fits, needed in (
-            ("num", 1 <= args.num <= 10_000, "between 1 and 10000"),
-            ("seed", args.seed >= 0, "0 or more"),
-            ("cfg_scale", 0 <= (args.cfg_scale or 0) <= 1e6, "between 0 and 1000000"),
-            ("temperature", 0 < args.temperature < np.inf, "positive (greedy is --top-k 1)"),
-            ("top_k", (args.top_k or 0) >= 0, "0 (all) or more"),
-            ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
-            ("keep", 0 < args.keep < 1, "between 0 and 1"),
-            ("count", args.count is None or args.count > 0, "positive")):
-        hita.check(fits, f"--{name.replace('_', '-')} is {getattr(args, name)}, must be {needed}")
+    hita.check_range(0, 10**6, cfg_scale=args.cfg_scale or 1, temperature=args.temperature)
+    hita.check_range(0, 1, top_p=args.top_p, keep=args.keep)
+    hita.check_range(0, np.inf, top_k=args.top_k or 0, seed=args.seed)
+    hita.check_range(1, 10_000, num=args.num)
     hita.check(args.style or not args.styles, "--from is for --style")
-    hita.check(not args.count or args.npz, "--count needs --npz FILE")
+    hita.check(args.count is None or args.count > 0 and args.npz, "--count is positive, for --npz")
     hita.check(not args.complete or args.classes, "--complete needs --class: one, or one for each")
     return args
 
@@ -120,23 +114,28 @@ def main():
     uses = {"reconstruct": reconstruct, "style": transfer_style, "complete": complete,
             "keep_globals": keep_globals}
     use = next((name for name in uses if getattr(args, name)), "samples")
-    image = Path(args.image or Path(args.out) / f"{use.replace('_', '-')}.png")
-    if not args.npz:
-        check_writable(image)
-    if use == "samples":
-        return generate(args, device, image)
-    pictures, columns = uses[use](args, device)
-    hita.picture_grid(pictures, columns).save(image)
-    print(image)
+    args.image = Path(args.image or Path(args.out) / f"{use.replace('_', '-')}.png")
+    hita.check_writable(Path(args.npz or args.image))
+    check_format(args)
+    if args.single:
+        hita.check_writable(args.image.with_suffix(""), folder=True)
+    made = uses.get(use, generate)(args, device)
+    if made:
+        kind = Image.registered_extensions()[args.image.suffix.lower()]
+        hita.write_file(args.image, partial(hita.picture_grid(*made).save, format=kind))
+    hita.say(args.npz or args.image)
 
 
-def check_writable(image: Path) -> None:
-    """HitaError, before any work is done, if a picture cannot be written there."""
-    image.parent.mkdir(parents=True, exist_ok=True)
-    known = Image.registered_extensions().get(image.suffix.lower()) in Image.SAVE
-    place = image if image.exists() else image.parent
-    hita.check(known and os.access(place, os.W_OK) and not image.is_dir(), f"--image {image} "
-               "cannot be written: choose another place, and a name that ends in .png")
+def check_format(args, size: int = 0) -> None:
+    """HitaError, before the work, if --image cannot hold a grid of pictures of this size."""
+    lists = args.classes, args.reconstruct, args.style, args.styles, args.complete
+    most = 2 + max(12, args.num, *(len(words or ()) for words in lists))  # rows or columns
+    try:
+        kind = Image.registered_extensions()[args.image.suffix.lower()]
+        Image.new("RGB", (most * (size + 2), 16)).save(io.BytesIO(), kind)
+        hita.check(kind not in ("ICO", "ICNS"), "these would be made smaller")
+    except Exception as e:  # KeyError; or each format's own
+        raise hita.HitaError(f"--image {args.image} cannot hold {most} in a row: use .png") from e
 
 
 def default_llama(args) -> str:
@@ -155,8 +154,7 @@ def default_llama(args) -> str:
 def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
     """Class names or indices as typed -> indices; twelve, spread over all, where none is asked.
 
-    A number is a name where there is such a name. Raises HitaError for a class that there is not.
-    """
+    A number is a name where there is such a name. HitaError for a class that there is not."""
     if asked is None:
         count = min(12, len(names))
         return [i * len(names) // count for i in range(count)]
@@ -169,12 +167,11 @@ def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
         same = same or [i for i, name in enumerate(plain) if name == typed]
         hita.check(len(same) < 2, f"several classes are called {word}; choose by index: {same}")
         if not same and re.fullmatch(r"-?\d+", word):
-            hita.check(0 <= int(word) < len(names), f"class {word} is out of range, this model has "
-                                                    f"classes 0 to {len(names) - 1}{hint}")
+            hita.check(0 <= int(word) < len(names),
+                       f"class {word} is out of range, 0 to {len(names) - 1}{hint}")
             same = [int(word)]
         near = difflib.get_close_matches(typed, plain, n=5, cutoff=0.4) or plain[:5]
-        hita.check(same, f"no class is called {word}; near it: {', '.join(near)} (of {len(names)} "
-                         f"classes{hint})")
+        hita.check(same, f"no class is called {word}; near it: {', '.join(near)}{hint}")
         indices += same
     return indices
 
@@ -191,16 +188,16 @@ def load(args, device: torch.device) -> tuple[hita.HitaTokenizer, hita.Llama, li
     found, tokenizer = hita.find_tokenizer(llama.made_from, args.tokenizer, beside)
     for name in ("num_global", "grid", "global_codebook_size", "patch_codebook_size"):
         theirs, ours = getattr(tokenizer.cfg, name), getattr(llama.cfg, name)
-        hita.check(theirs == ours, f"{name} is {theirs} in {found} and {ours} in {path}: name the "
-                                   "right --tokenizer")
+        hita.check(theirs == ours, f"{name} is {theirs} in {found}, {ours} in {path}: --tokenizer?")
     hita.say(f"using {path} and {found}")
+    check_format(args, tokenizer.cfg.image_size)
     tokenizer.to(device, memory_format=torch.channels_last)
 
     # weights in bfloat16 on CUDA, but not the buffers: rotations stay in float32
     for p in llama.to(device).parameters():
-        p.data = p.data.bfloat16() if device.type == "cuda" else p.data
+        p.data = p.data.bfloat16() if hita.has_bfloat16(device) else p.data
     if args.compile:
-        llama.step = torch.compile(llama.step, mode="reduce-overhead", fullgraph=True)
+        llama.compile_step()
     return tokenizer, llama, chosen
 
 
@@ -215,62 +212,55 @@ def decode(tokenizer: hita.HitaTokenizer, global_ids: Tensor, patch_ids: Tensor)
     """tokenizer.decode, a few pictures at a time -> (B, 3, S, S) float32."""
     pictures = []
     for ids in zip(global_ids.split(DECODED), patch_ids.split(DECODED)):
-        with torch.autocast(global_ids.device.type, torch.bfloat16, enabled=global_ids.is_cuda):
+        with hita.autocast(global_ids.device):
             pictures.append(tokenizer.decode(*ids).float())
     return torch.cat(pictures)
 
 
 def published_size(images: Tensor, native: bool) -> Tensor:
     """336 px -> 256, unless native: without antialiasing, as in the released protocol."""
-    if images.shape[-1] != 336 or native:
-        return images
-    return F.interpolate(images, 256, mode="bicubic")
+    stays = images.shape[-1] != 336 or native
+    return images if stays else F.interpolate(images, 256, mode="bicubic")
 
 
-def generate(args, device: torch.device, image: Path) -> None:
-    """Pictures of classes, as a grid or, with --npz, as a file; the processes share chunks."""
+def generate(args, device: torch.device) -> tuple[Tensor, int] | None:
+    """Pictures of classes, for a grid or, with --npz, in a file; the processes share chunks."""
     tokenizer, llama, chosen = load(args, device)
     class_ids = torch.tensor(chosen).repeat_interleave(args.num)
     if args.count:
         classes = torch.tensor(chosen if args.classes else range(llama.cfg.num_classes))
-        order = torch.arange(args.count) % len(classes)
-        if args.random_labels:
-            order = torch.from_numpy(np.random.default_rng(args.seed).integers(
-                len(classes), size=args.count))
-        class_ids = classes[order]
+        n, rng = len(classes), np.random.default_rng(args.seed)
+        order = rng.integers(n, size=args.count) if args.random_labels else range(args.count)
+        class_ids = classes[np.asarray(order) % n]
 
-    length = llama.cfg.num_global + llama.cfg.num_patches
+    length = llama.cfg.num_global + llama.cfg.grid ** 2
     random = hita.random_numbers(class_ids, length, args.seed)  # of all, whoever makes which
 
     # a grid is kept in memory, a file for evaluation is not
-    size = tokenizer.cfg.image_size
+    count, size = len(class_ids), tokenizer.cfg.image_size
     size = 256 if size == 336 and not args.native else size
-    if args.npz:
-        array = hita.picture_array(Path(args.npz), len(class_ids), size)
-    else:
-        array = np.empty((len(class_ids), size, size, 3), np.uint8)
+    array = (hita.picture_array(Path(args.npz), count, size) if args.npz
+             else np.empty((count, size, size, 3), np.uint8))
     start, draw = time.time(), drawing(args, llama)
-    for first in range(hita.rank() * CHUNK, len(class_ids), hita.world() * CHUNK):
-        chunk = torch.arange(first, min(first + CHUNK, len(class_ids)))
-        more = min(CHUNK, len(class_ids)) - len(chunk) if args.compile else 0
+    for first in range(hita.rank() * CHUNK, count, hita.world() * CHUNK):
+        chunk = torch.arange(first, min(first + CHUNK, count))
+        more = min(CHUNK, count) - len(chunk) if args.compile else 0
         filled = F.pad(chunk, (0, more))  # all of one size, or the last would be compiled anew
         ids = draw(class_ids[filled].to(device), random=random[filled].to(device))
         ids = [kind[:len(chunk)] for kind in ids]
         images = published_size(decode(tokenizer, *ids), args.native)
         array[chunk] = hita.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
-    if args.npz:
-        hita.pack_pictures(Path(args.npz), array, class_ids.numpy())
-    else:
-        hita.picture_grid(torch.from_numpy(array).permute(0, 3, 1, 2), args.num).save(image)
-        if args.single:
-            write_single(array, class_ids.tolist(), llama.classes, image.with_suffix(""))
     seconds = time.time() - start
-    hita.say(f"{len(class_ids)} pictures in {seconds:.1f} s ({len(class_ids) / seconds:.2f} "
-             f"images/s): {args.npz or image}")
+    hita.say(f"{count} pictures in {seconds:.1f} s ({count / seconds:.2f} images/s)")
+    if args.npz:
+        del array
+        return hita.pack_pictures(Path(args.npz), class_ids.numpy())
+    if args.single:
+        write_single(array, class_ids.tolist(), llama.classes, args.image.with_suffix(""))
+    return torch.from_numpy(array).permute(0, 3, 1, 2), args.num
 
 
-def write_single(array: np.ndarray, class_ids: list[int], classes: list[str],
-                 folder: Path) -> None:
+def write_single(array, class_ids: list[int], classes: list[str], folder: Path) -> None:
     """Each picture as <number>-<class>.png, instead of what was there under such names."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [re.sub(r"[^\w.-]", "_", name)[:60] for name in classes]  # that do not lead elsewhere
@@ -291,6 +281,7 @@ def load_encoder(args, device: torch.device) -> hita.HitaTokenizer:
         made_from = hita.read_checkpoint(llama, "llama")["made_from"]
     path, tokenizer = hita.find_tokenizer(made_from, args.tokenizer, path)
     print(f"using {path}", flush=True)
+    check_format(args, tokenizer.cfg.image_size)
     hita.add_dino(tokenizer, args.dino_file or tokenizer.made_from.get("dino_file"))
     return tokenizer.to(device, memory_format=torch.channels_last)
 
@@ -330,8 +321,7 @@ def complete(args, device: torch.device) -> tuple[Tensor, int]:
 
     Of R given cells the first R - k patch tokens are kept: these and the globals decide how the
     given cells look (see Fusion). The k tokens after them describe cells below the line. With
-    --globals sampled a whole picture is drawn first, of which the globals are used.
-    """
+    --globals sampled a whole picture is drawn first, of which the globals are used."""
     tokenizer, llama, chosen = load(args, device)
     hita.check(len(chosen) in (1, len(args.complete)), f"{len(chosen)} classes for "
                f"{len(args.complete)} pictures; --class wants one, or one for each")
@@ -385,7 +375,7 @@ def keep_globals(args, device: torch.device) -> tuple[Tensor, int]:
 def print_distance(args, device: torch.device) -> None:
     """--fd A B: the distance on class tokens of a DINOv2."""
     sets = [picture_set(source) for source in args.fd]
-    dino = hita.load_dino(*args.features[:2]).to(device)
+    dino = hita.DINOv2(*args.features[:2]).to(device)
     a, b = features(sets[0], dino, device), features(sets[1], dino, device)
     print(f"FD-DINOv2 {frechet_distance(a, b):.4g} between {args.fd[0]} ({len(a)} pictures) and "
           f"{args.fd[1]} ({len(b)}), {a.shape[1]} features of {' from '.join(args.features)}")
@@ -395,16 +385,16 @@ def print_distance(args, device: torch.device) -> None:
 
 def picture_set(source: str) -> list[str] | np.ndarray:
     """The picture files below a folder, or the uint8 pictures (n, H, W, 3) of an .npz file."""
-    try:
-        if Path(source).is_dir():
-            pictures = list(hita.picture_files(source))
-        else:
+    if Path(source).is_dir():
+        pictures = list(hita.picture_files(source))
+    else:
+        try:
             pictures = np.load(source, allow_pickle=False)["arr_0"]
-            hita.check(pictures.dtype == np.uint8 and pictures.ndim == 4, "other arrays")
-        hita.check(len(pictures) > 1, "too few")
-    except Exception as e:  # numpy and zipfile raise many kinds
-        raise hita.HitaError(f"{source} is no folder with two pictures or more and no .npz file of "
-                             f"uint8 (n, H, W, 3) as arr_0: {hita.first_line(e)}") from e
+        except Exception as e:  # numpy and zipfile raise many kinds
+            raise hita.HitaError(f"{source} is no folder, and no .npz file with arr_0") from e
+        hita.check(pictures.dtype == np.uint8 and pictures.ndim == 4,
+                   f"{source} has {pictures.dtype} {pictures.shape}, not uint8 (n, H, W, 3)")
+    hita.check(len(pictures) > 1, f"{source} has {len(pictures)} pictures, two are needed")
     return pictures
 
 

@@ -58,8 +58,7 @@ RECIPES = {size: Training() for size in hita.LLAMA_SIZES} | {
 RECIPES["prints"] = dataclasses.replace(
     RECIPES["emoji"], steps=3300, batch_size=128, lr=1.5e-3, warmup=200, ema=0.998, copies=8,
     crop_range=0.85, sample_cfg=4.0, workers=4)
-OF_THE_DATA = (  # no flags of the Llama
-    "num_classes", "num_global", "grid", "global_codebook_size", "patch_codebook_size")
+OF_THE_DATA = "num_classes num_global grid global_codebook_size patch_codebook_size".split()
 
 
 def main():
@@ -83,8 +82,7 @@ def main():
     device = hita.set_up_device(args.device)
     torch.backends.cudnn.benchmark = True
     shares = hita.world() * recipe.accumulate
-    hita.check(recipe.batch_size % shares == 0, f"batch_size {recipe.batch_size} is not divisible "
-               f"by {shares}, the processes times accumulate")
+    hita.check(recipe.batch_size % shares == 0, f"batch_size must be a multiple of {shares}")
     out = Path(args.out)
     earlier = saved["made_from"] if saved else {}
     beside = (saved["path"].parent if saved else out) / "tokenizer.pt"
@@ -102,7 +100,7 @@ def main():
     if saved:
         hita.check_resume(saved, cfg, recipe, len(train))
         hita.check(saved["classes"] == train.classes, f"the classes in {train.root} are not those "
-                   f"of {saved['path']}: give the right --data, or start anew with another --out")
+                   f"of {saved['path']}: give the right --data")
     torch.manual_seed(recipe.seed)
     llama = hita.Llama(cfg)
     if args.init_from and not saved:
@@ -111,8 +109,8 @@ def main():
     ema = copy.deepcopy(llama).eval().requires_grad_(False)
 
     # ---- all pictures become ids
-    out.mkdir(parents=True, exist_ok=True)
     hita.add_dino(tokenizer, made_from["dino_file"])
+    out.mkdir(parents=True, exist_ok=True)
     tokenizer.to(device, memory_format=torch.channels_last)
     cache = partial(token_cache, tokenizer=tokenizer, workers=recipe.workers)
     tokens = cache(out / "tokens-train.npy", data=train, copies=recipe.copies)
@@ -155,7 +153,7 @@ def main():
         for i, part in enumerate(rows.chunk(recipe.accumulate)):
             model.require_backward_grad_sync = i == recipe.accumulate - 1  # DDP: once is enough
             class_ids, *ids = split(part, cfg.num_global)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with hita.autocast(device):
                 logits = model(class_ids, *ids)
             global_loss, patch_loss = losses(*logits, *ids)
             loss = recipe.global_weight * global_loss + patch_loss
@@ -185,27 +183,29 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, 
 
     On the disk the first column is class + 1, and 0 where a row is still to be encoded, so an
     encoding that was interrupted goes on. A note beside the file says what it was made from; with
-    another note it is made anew.
-    """
+    another note it is made anew."""
     note, cfg = path.with_suffix(".txt"), tokenizer.cfg
     device = next(tokenizer.parameters()).device
     if hita.rank() == 0:
         models = [tokenizer, tokenizer.dino] if cfg.uses_dino else [tokenizer]
         source = hita.fingerprint(*models, data.signature(), copies)
         shape = copies * len(data), 1 + cfg.num_global + cfg.grid ** 2
-        if not (path.exists() and note.exists() and note.read_text() == source):
+        try:
+            fits = note.read_text() == source and np.load(path, mmap_mode="r").shape == shape
+        except (OSError, ValueError, EOFError):  # not there, empty, cut, damaged
+            fits = False
+        if not fits:
             note.unlink(missing_ok=True)
             largest = max(cfg.global_codebook_size, cfg.patch_codebook_size, len(data.classes) + 1)
-            dtype = np.uint16 if largest <= 65536 else np.int32
-            np.lib.format.open_memmap(path, "w+", dtype, shape)
+            hita.new_array(path, np.uint16 if largest <= 65536 else np.int32, shape)
             note.write_text(source)
     hita.barrier()
 
-    # the processes take turns, 64 rows each, in float32; row = version * len(data) + index
+    # the processes take turns, 16 rows each, in float32; row = version * len(data) + index
     rows = np.lib.format.open_memmap(path, "r+")
     todo = np.flatnonzero(rows[:, 0] == 0)
     hita.barrier()  # all have seen what is left to do
-    blocks = [todo[i:i + 64].tolist() for i in range(0, len(todo), 64)][hita.rank()::hita.world()]
+    blocks = [todo[i:i + 16].tolist() for i in range(0, len(todo), 16)][hita.rank()::hita.world()]
     items = [[divmod(row, len(data)) for row in block] for block in blocks]
     loader = DataLoader(data, batch_sampler=items, num_workers=workers)
     progress = tqdm(loader, f"encoding {path.stem}", disable=hita.rank() > 0, leave=False)
@@ -216,6 +216,8 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, 
         rows[block, 0] = classes.numpy() + 1  # last, so that a row cut short does not look done
     rows.flush()
     hita.barrier()
+    left = np.count_nonzero(rows[:, 0] == 0)
+    hita.check(left == 0, f"{left} rows of {path} are missing: can all nodes write --out at once?")
     return rows
 
 
@@ -239,13 +241,14 @@ def start_from(llama: hita.Llama, path: str, classes: list[str], tokenizer_hash:
     known = data["made_from"].get("tokenizer_hash", tokenizer_hash)  # the authors' files have none
     if known != tokenizer_hash:
         hita.say(f"{path} was trained with another tokenizer: to it ids mean something else")
+    cfg, theirs = llama.cfg, data["config"]
+    presets = {name: dataclasses.replace(cfg, **size) for name, size in hita.LLAMA_SIZES.items()}
+    hita.check_start(path, theirs, cfg, presets)
     weights, name = dict(data["ema"]), "class_embedding.weight"
-    theirs = data.get("classes", classes)
-    if theirs != classes or data["config"].num_classes != len(classes):
+    names = data.get("classes", classes)
+    if names != classes or theirs.num_classes != len(classes):
         # only the embedding of "no class", the last row, means the same
         own = llama.class_embedding.weight.detach()
-        hita.check(weights[name].shape[1] == own.shape[1], f"{path} has another width than this "
-                   "model: give its --preset")
         weights[name] = torch.cat([own[:-1], weights[name][-1:]])
         hita.say(f"{path} has other classes: those here start anew")
     hita.load_weights(llama, weights, path)
@@ -258,14 +261,14 @@ def evaluate(ema: hita.Llama, tokens: np.ndarray, device: torch.device,
     tokens of a picture, beside what a guess without any knowledge costs for a picture."""
     total = torch.zeros(3, device=device)  # global, patch, number of pictures
     mine = tokens[hita.rank()::hita.world()]
-    for i in range(0, len(mine), 64):
-        class_ids, *ids = split(to_device(mine[i:i + 64], device), ema.cfg.num_global)
+    for i in range(0, len(mine), 16):
+        class_ids, *ids = split(to_device(mine[i:i + 16], device), ema.cfg.num_global)
         losses = hita.llama_losses(*ema(class_ids, *ids), *ids)
         figures = torch.stack([*losses, torch.ones_like(losses[0])])
         total += len(class_ids) * figures
     total = hita.all_sum(total)
     global_loss, patch_loss = (total[:2] / total[2]).tolist()
-    cfg, M, N = ema.cfg, ema.cfg.num_global, ema.cfg.num_patches
+    cfg, M, N = ema.cfg, ema.cfg.num_global, ema.cfg.grid ** 2
     guess = M * math.log(cfg.global_codebook_size) + N * math.log(cfg.patch_codebook_size)
     figures = {"global": global_loss} if M else {}
     figures |= {"patch": patch_loss, "picture": M * global_loss + N * patch_loss}

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -145,7 +146,7 @@ def main():
 
         # generator; the discriminator judges, but takes no gradient
         discriminator.requires_grad_(False)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with hita.autocast(device):
             result = model(images)
             losses = generator_losses(images, result, recipe, perceptual,
                                       discriminator if adversarial else None)
@@ -154,13 +155,14 @@ def main():
         loss.backward()
         grad_norm = hita.optimizer_step(optimizer, tokenizer, recipe.clip)
         hita.update_ema(ema, tokenizer, recipe.ema)
-        log.add({"loss": loss, **losses, "grad": grad_norm,
-                 **id_counts(result.global_ids, result.patch_ids, cfg)})
+        hita.check(not losses.keys() & {"loss", "grad"}, "loss, grad: the log has its own")
+        log.add({"loss": loss, **losses, "grad": grad_norm})
+        log.add(id_counts(result.global_ids, result.patch_ids, cfg))
 
         # discriminator, on the same reconstructions
         if adversarial:
             discriminator.requires_grad_(True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with hita.autocast(device):
                 # two passes: each has batch statistics of its own
                 real, fake = judge(images), judge(result.recon.detach())
                 loss = hita.discriminator_loss(real, fake)
@@ -197,8 +199,7 @@ def generator_losses(images: Tensor, result: hita.TokenizerOutput, recipe: Train
     return losses
 
 
-def id_counts(global_ids: Tensor, patch_ids: Tensor,
-              cfg: hita.TokenizerConfig) -> dict[str, Tensor]:
+def id_counts(global_ids: Tensor, patch_ids: Tensor, cfg: hita.TokenizerConfig) -> dict:
     """Counts (M, V) and (N, V) of ids at each position; without globals those of patches only."""
     counts = {"patch": hita.count_ids(patch_ids, cfg.patch_codebook_size)}
     if cfg.num_global:
@@ -217,12 +218,17 @@ def compile_parts(tokenizer: hita.HitaTokenizer, *others: nn.Module | None) -> N
 
 def start_from(tokenizer: hita.HitaTokenizer, discriminator: nn.Module, path: str) -> None:
     """Fine-tuning: weights of a checkpoint or released model, and its PatchGAN if it has one."""
-    data = hita.read_checkpoint(path, "tokenizer")
-    flag = "--centre" if data["config"].centre else "--no-centre"
-    hita.check(data["config"].centre == tokenizer.cfg.centre, f"{path} was trained with {flag} and "
-               "goes on so: give that flag, or its --preset")
-    hita.load_weights(tokenizer, data["ema"], path)
+    data, cfg = hita.read_checkpoint(path, "tokenizer"), tokenizer.cfg
+    hita.check_start(path, data["config"], cfg, hita.TOKENIZERS)
+    weights, grid = dict(data["ema"]), data["config"].grid
+    if grid != cfg.grid and cfg.num_global:
+        for name in ("extractor.positions", "fusion.positions"):
+            weights[name] = hita.resize_positions(weights[name].float(), cfg.grid, cfg.grid)
+        hita.say(f"{path} has positions for {grid} x {grid} patches: resized to {cfg.grid}")
+    hita.load_weights(tokenizer, weights, path)
     if "main.0.weight" in data.get("discriminator", {}):
+        width = len(data["discriminator"]["main.0.weight"])
+        hita.check(width == discriminator.main[0].out_channels, f"{path} needs --gan-width {width}")
         hita.load_weights(discriminator, data["discriminator"], path)
     else:
         hita.say(f"{path} has no PatchGAN discriminator: a new one starts")
@@ -230,22 +236,18 @@ def start_from(tokenizer: hita.HitaTokenizer, discriminator: nn.Module, path: st
 
 @torch.no_grad()
 def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, workers: int,
-             perceptual: nn.Module | None = None, npz: str | None = None,
+             perceptual: nn.Module | None = None, arrays: list[np.ndarray] = (),
              others: Tensor | None = None) -> dict[str, float]:
     """PSNR in dB, with a net for it LPIPS; called train_... where there are no validation pictures.
 
     others: global ids (n, M) of other pictures; then also swap, the PSNR with these. It is the
     plain PSNR where globals hold nothing, and where the decoder does not listen to them. Pictures
     of 336 px are judged at 256, as in the released protocol. Writes originals beside
-    reconstructions to `picture` and, with npz, all of them to two files.
-    """
+    reconstructions to `picture` and, where given, fills arrays for all of both."""
     device = next(tokenizer.parameters()).device
     mine = list(range(hita.rank(), len(data), hita.world()))
     loader = DataLoader(data, 16, sampler=[(0, i) for i in mine], num_workers=workers,
                         worker_init_fn=hita.ignore_signals)
-    size = 256 if data.size == 336 else data.size
-    files = [Path(f"{npz}-{kind}.npz") for kind in ("originals", "reconstructions") if npz]
-    arrays = [hita.picture_array(file, len(data), size) for file in files]
 
     # encoding in float32, or some ids would be others; the decoder may work in bfloat16
     names = ["pictures", "psnr"] + ["lpips"] * bool(perceptual) + ["swap"] * (others is not None)
@@ -254,20 +256,18 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
     for n, (images, _) in enumerate(progress):
         images, these = images.to(device, memory_format=torch.channels_last), mine[16 * n:][:16]
         global_ids, patch_ids = tokenizer.encode(images)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with hita.autocast(device):
             recon = tokenizer.decode(global_ids, patch_ids)
             mixed = None if others is None else tokenizer.decode(others[these], patch_ids)
-        pair = [judged(images, size), judged(recon, size)]
+        pair = [judged(images), judged(recon)]
         totals["pictures"] += len(images)
         totals["psnr"] += hita.psnr(*pair).sum()
         if perceptual is not None:
             totals["lpips"] += perceptual(*pair) * len(images)
         if mixed is not None:
-            totals["swap"] += hita.psnr(pair[0], judged(mixed, size)).sum()
+            totals["swap"] += hita.psnr(pair[0], judged(mixed)).sum()
         for array, pictures in zip(arrays, pair):
             array[these] = hita.to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()
-    for file, array in zip(files, arrays):
-        hita.pack_pictures(file, array)
 
     # over all processes
     totals = {name: hita.all_sum(total).item() for name, total in totals.items()}
@@ -282,12 +282,12 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
     return figures
 
 
-def judged(images: Tensor, size: int) -> Tensor:
-    """Pictures as they are compared: 8 bits, and at another size shrunk like PIL does."""
-    if images.shape[-1] == size:
+def judged(images: Tensor) -> Tensor:
+    """Pictures as they are compared: 8 bits, and those of 336 px shrunk to 256 like PIL does."""
+    if images.shape[-1] != 336:
         return images.float().clamp(-1, 1)
     images = hita.to_uint8(images) / 127.5 - 1
-    return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
+    return F.interpolate(images, 256, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def evaluate_checkpoint(args) -> None:
@@ -295,6 +295,9 @@ def evaluate_checkpoint(args) -> None:
     path, out = args.eval or f"{args.out}/tokenizer.pt", Path(args.out)
     device, workers = hita.set_up_device(args.device), getattr(args, "workers", 0)
     hita.check(hita.world() == 1, "--eval works in one process: leave out torchrun")
+    files = [Path(f"{args.npz}-{x}.npz") for x in ("originals", "reconstructions") if args.npz]
+    for file in (out / "eval.png", out / "eval.jsonl", *files):
+        hita.check_writable(file)
     tokenizer = hita.load_tokenizer(path).to(device, memory_format=torch.channels_last)
     (made_from, root), cfg = hita.sources(args, tokenizer.made_from), tokenizer.cfg
     hita.add_dino(tokenizer, made_from["dino_file"])
@@ -306,11 +309,16 @@ def evaluate_checkpoint(args) -> None:
     except hita.HitaError as e:
         print(f"without LPIPS: {e}")
     out.mkdir(parents=True, exist_ok=True)
+    size = 256 if cfg.image_size == 336 else cfg.image_size
+    arrays = [hita.picture_array(file, len(val), size) for file in files]
 
     # swap is measured with the globals of the picture half the split further on
     found = encode_all(tokenizer, val, 1, workers)
     others = found[1].roll(len(val) // 2, dims=0) if cfg.num_global else None
-    figures = evaluate(tokenizer, val, out / "eval.png", workers, perceptual, args.npz, others)
+    figures = evaluate(tokenizer, val, out / "eval.png", workers, perceptual, arrays, others)
+    del arrays
+    for file in files:
+        hita.pack_pictures(file)
     known = encode_all(tokenizer, train, math.ceil(len(train) / 20_000), workers)
     for name, counts in id_counts(*known[1:], cfg).items():
         figures |= hita.usage(name, counts)
@@ -352,8 +360,7 @@ def probes(tokenizer: hita.HitaTokenizer, train: tuple, val: tuple) -> dict[str,
 def linear_probe(x: Tensor, y: Tensor, val_x: Tensor, decay: float = 0.01) -> Tensor:
     """Classes (m,) that a linear classifier fitted to x (n, D), y (n,) finds for val_x (m, D).
 
-    Logistic regression on standardised features with the L2 penalty decay / 2 * |W|^2.
-    """
+    Logistic regression on standardised features with the L2 penalty decay / 2 * |W|^2."""
     mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
     x, val_x = (x - mean) / std, (val_x - mean) / std
     W = x.new_zeros(x.shape[1], int(y.max()) + 1).requires_grad_()
