@@ -86,8 +86,7 @@ class TokenizerConfig:
         check(self.channels % 4 == 0, f"channels is {self.channels}, no multiple of 4")
         check(self.heads > 0 and self.latent_dim % self.heads == 0,
               f"latent_dim {self.latent_dim} is not divisible by {self.heads} heads")
-        check(self.k <= self.num_global,
-              f"k is {self.k}, more than num_global = {self.num_global}")
+        check(self.k <= self.num_global, f"k is {self.k}, above num_global {self.num_global}")
         check(self.uses_dino or not self.vfm_recon, "vfm_recon needs DINOv2 and global tokens")
 
     @property
@@ -1048,6 +1047,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import huggingface_hub.utils
@@ -1288,8 +1288,7 @@ def explanation(error: Exception, memory: str) -> str | None:
     named = [word for word in words if isinstance(file, (str, Path))
              and Path(os.path.abspath(file)).is_relative_to(os.path.abspath(word))]
     full = errno.errorcode.get(getattr(error, "errno", None)) in ("ENOSPC", "EDQUOT", "EFBIG")
-    if named or full:
-        return f"{first_line(error)}; choose another place"
+    return f"{first_line(error)}; choose another place" if named or full else None
 
 
 def run_script(main, memory: str) -> None:
@@ -1457,8 +1456,7 @@ NOT_DATA = {"__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle
 
 def data_entries(folder: str | Path) -> list[tuple[str, str, bool]]:
     """Name, path, whether a folder, of what is in a folder, but for hidden and foreign things."""
-    entries = [x for x in os.scandir(folder)
-               if x.name[0] != "." and x.name.lower() not in NOT_DATA]
+    entries = [x for x in os.scandir(folder) if x.name[0] != "." and x.name.lower() not in NOT_DATA]
     return sorted((x.name, x.path, os.path.isdir(x) if x.is_symlink() else x.is_dir())
                   for x in entries)  # the disk is asked for links only, not for a million files
 
@@ -1506,9 +1504,10 @@ def read_picture(picture) -> Image.Image:
             return on_white(picture)
         with Image.open(picture) as image:
             return on_white(image)
-    except NameError:  # of this code, not of a file
-        raise
-    except Exception as e:  # damaged files raise nearly everything
+    except Exception as e:  # damaged files raise nearly everything, in Pillow
+        own = traceback.extract_tb(e.__traceback__)[-1].filename == __file__
+        if own and not isinstance(e, HitaError):
+            raise  # a mistake in this code, not in the file
         name = picture if isinstance(picture, (str, Path)) else type(picture)
         raise HitaError(f"the picture {name} cannot be read: {first_line(e)}") from e
 
