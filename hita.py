@@ -942,21 +942,22 @@ class Llama(nn.Module):
         return ids[:, :M], ids[:, M:]
 
     @torch.inference_mode(False)  # or a call outside of it could not use them
-    def empty_caches(self, batch: int, dtype: torch.dtype, device: torch.device) -> list[tuple]:
+    def empty_caches(self, batch: int, dtype: torch.dtype, device: torch.device,
+                     kept: bool = False) -> list[tuple]:
         """Keys and values of each block for all inputs of a sequence, (batch, heads, M + N, d)."""
         cfg = self.cfg
         d = -(-cfg.dim // cfg.heads // 8) * 8  # channels of a head, padded as in attend
-        shape = 2 * cfg.layers, batch, cfg.heads, cfg.num_global + cfg.grid ** 2, d
+        shape = batch, cfg.heads, cfg.num_global + cfg.grid ** 2, d
         # one by one: the compiler would copy a common tensor at each step
-        caches = [torch.zeros(shape[1:], dtype=dtype, device=device) for _ in range(shape[0])]
-        for cache in caches if device.type == "cuda" else ():  # CUDA graphs: they do not move
+        caches = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * cfg.layers)]
+        for cache in caches if kept else ():  # a promise to CUDA graphs: they do not move
             torch._dynamo.mark_static_address(cache, guard=False)
         return list(zip(caches[::2], caches[1::2]))
 
     def compile_step(self) -> None:
         """CUDA graphs, for one thread: they must find the caches where they were."""
         self.step = torch.compile(self.step, mode="reduce-overhead", fullgraph=True)
-        self.empty_caches = lru_cache(1)(self.empty_caches)
+        self.empty_caches = lru_cache(None)(partial(self.empty_caches, kept=True))
 
     def step(self, x: Tensor, index: Tensor, caches: list[tuple], random: Tensor,
              cfg_scale: float, filters: tuple, is_global: bool, embed_global: bool, length: int):

@@ -623,7 +623,7 @@ def test_llama_on_cuda_draws_what_the_cpu_draws(V, compiled):
     expected = draw(llama)
     llama.cuda()
     if compiled:
-        llama.step = torch.compile(llama.step, mode="reduce-overhead", fullgraph=True)
+        llama.compile_step()
     for _ in range(2):  # compiled and recorded, then launched only
         same = (draw(llama) == expected).float().mean()  # after a near-tie all goes another way
         assert same > (0.95 if V == 32 else 0.5)
