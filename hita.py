@@ -132,8 +132,8 @@ class GroupNorm(nn.GroupNorm):
     that of the convolutions and back; an H200 trains Hita-V 1.24 times as fast without."""
 
     def forward(self, x: Tensor) -> Tensor:
-        fused = x.is_cuda and torch.compiler.is_compiling()
-        return self.by_channel(x) if fused else super().forward(x)
+        compiled = x.is_cuda and torch.compiler.is_compiling()
+        return self.by_channel(x) if compiled else super().forward(x)
 
     def by_channel(self, x: Tensor) -> Tensor:
         """The same from moments of the channels, then of the groups."""
@@ -518,8 +518,8 @@ class Fusion(nn.Module):
         cell             0    ...  k-1 | k   k+1 ... N-1     | -
 
     So the first k states come from globals alone (cell k-1 is the first to see all M), later ones
-    from all globals and the patches up to i - k. None sees its own patch, so the globals must carry
-    information. The last k patches reach no cell; the Llama predicts them all the same."""
+    from all globals and the patches up to i - k. With k > 0 none sees its own patch: the globals
+    must help. The last k patches reach no cell; the Llama predicts them all the same."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -1248,7 +1248,7 @@ def seed_step(seed: int, step: int) -> None:
 
 
 class Stop:
-    """SIGTERM, Ctrl-C: the step ends, the run is saved; a second Ctrl-C is at once."""
+    """SIGTERM, Ctrl-C: the step ends, the run is saved; a second Ctrl-C ends it at once."""
 
     def __init__(self):
         self.signalled = torch.zeros(1)
@@ -1636,7 +1636,7 @@ def batch(step: int, length: int, batch_size: int, seed: int) -> list[tuple[int,
 
 
 def new_array(path: Path, dtype: type, shape: tuple[int, ...], copies: int = 1) -> None:
-    """Zeros as a .npy file. HitaError without room for it: a full disk kills who maps it."""
+    """Zeros as a .npy file. HitaError without room: later a full disk would kill who maps it."""
     needed = copies * math.prod(shape) * np.dtype(dtype).itemsize
     free = shutil.disk_usage(path.parent).free
     check(needed < free, f"{path} takes {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
@@ -1743,7 +1743,7 @@ def check_writable(path: Path, folder: bool = False) -> None:
 
 
 def write_file(path: Path, write) -> None:
-    """write(file) fills a temporary file, which moves into place: never half a file."""
+    """write(file) fills a temporary file, which moves into place. HitaError if it cannot."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1816,7 +1816,7 @@ def as_flag(name: str, value) -> str:
 
 
 def check_start(path: str, theirs, ours, presets: dict) -> None:
-    """HitaError where weights of settings `theirs` do not go on as `ours`: what fits."""
+    """HitaError where weights of settings `theirs` do not go on as `ours`; names what fits."""
     differ = lambda cfg: [as_flag(name, value) for name, value in vars(theirs).items()
                           if name not in MAY_CHANGE and value != getattr(cfg, name)]
     fits = [f", or --preset {name}" for name, preset in presets.items() if not differ(preset)]
