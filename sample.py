@@ -10,7 +10,6 @@
     python sample.py --keep-globals --class fruit      what the tokens of a sample carry
 
     torchrun --nproc_per_node 8 sample.py --count 50000 --npz samples.npz     for evaluation
-    python sample.py --fd samples.npz DIR              Fréchet distance of two sets of pictures
 
 Where nothing has been trained, prints, a small pair in data/, draws the embedded classes, and a
 released model, which is downloaded, those of ImageNet. The random numbers of a picture follow from
@@ -25,12 +24,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import hita
 
@@ -80,8 +77,6 @@ def parse_args():
     add("--from", nargs="+", metavar="IMG", dest="styles", help="globals of --style [the same]")
     add("--count", type=int, help="so many pictures over all classes, with --npz")
     add("--random-labels", action="store_true", help="of --count: classes at random [in turn]")
-    add("--features", nargs="+", default=[hita.TokenizerConfig.dino], metavar="NAME [FILE]",
-        help="timm model of --fd, and its weights [DINOv2-L with registers, from the Hub]")
 
     # one thing at a time
     use = parser.add_mutually_exclusive_group()
@@ -91,7 +86,6 @@ def parse_args():
     use.add_argument("--keep-globals", action="store_true", help="a sample with other patch "
                      "tokens, and with other global tokens")
     use.add_argument("--npz", metavar="FILE", help="pictures as uint8 (n, H, W, 3), no grid")
-    use.add_argument("--fd", nargs=2, metavar="SET", help="Fréchet distance of two sets")
     args = parser.parse_args()
     hita.check_range(0, 10**6, cfg_scale=args.cfg_scale or 1, temperature=args.temperature)
     hita.check_range(0, 1, top_p=args.top_p, keep=args.keep)
@@ -109,8 +103,6 @@ def main():
         return print(*(f"{name:16} {file}" for name, file in hita.RELEASED.items()), sep="\n")
     device = hita.set_up_device(args.device)
     hita.check(args.npz or hita.world() == 1, "several processes are for --npz FILE only")
-    if args.fd:
-        return print_distance(args, device)
     uses = {"reconstruct": reconstruct, "style": transfer_style, "complete": complete,
             "keep_globals": keep_globals}
     use = next((name for name in uses if getattr(args, name)), "samples")
@@ -368,57 +360,6 @@ def keep_globals(args, device: torch.device) -> tuple[Tensor, int]:
     upper = decode(tokenizer, same, others)
     lower = decode(tokenizer, global_ids, patch_ids[:1].expand(args.num, -1))
     return published_size(torch.cat([upper, lower]), args.native), args.num
-
-
-# ---- Fréchet distance ---------------------------------------------------------
-
-def print_distance(args, device: torch.device) -> None:
-    """--fd A B: the distance on class tokens of a DINOv2."""
-    sets = [picture_set(source) for source in args.fd]
-    dino = hita.DINOv2(*args.features[:2]).to(device)
-    a, b = features(sets[0], dino, device), features(sets[1], dino, device)
-    print(f"FD-DINOv2 {frechet_distance(a, b):.4g} between {args.fd[0]} ({len(a)} pictures) and "
-          f"{args.fd[1]} ({len(b)}), {a.shape[1]} features of {' from '.join(args.features)}")
-    if min(len(a), len(b)) <= a.shape[1]:
-        print("with fewer pictures than features the distance is much too large")
-
-
-def picture_set(source: str) -> list[str] | np.ndarray:
-    """The picture files below a folder, or the uint8 pictures (n, H, W, 3) of an .npz file."""
-    if Path(source).is_dir():
-        pictures = list(hita.picture_files(source))
-    else:
-        try:
-            pictures = np.load(source, allow_pickle=False)["arr_0"]
-        except Exception as e:  # numpy and zipfile raise many kinds
-            raise hita.HitaError(f"{source} is no folder, and no .npz file with arr_0") from e
-        hita.check(pictures.dtype == np.uint8 and pictures.ndim == 4,
-                   f"{source} has {pictures.dtype} {pictures.shape}, not uint8 (n, H, W, 3)")
-    hita.check(len(pictures) > 1, f"{source} has {len(pictures)} pictures, two are needed")
-    return pictures
-
-
-def features(pictures, dino: hita.DINOv2, device: torch.device) -> np.ndarray:
-    """Class tokens (n, dim) of pictures, brought to 224 px by the evaluation crop."""
-    rows = []
-    for first in tqdm(range(0, len(pictures), CHUNK), "features", leave=False):
-        some = [p if isinstance(p, str) else Image.fromarray(p)
-                for p in pictures[first:first + CHUNK]]
-        images = torch.cat([hita.load_picture(p, dino.SIZE) for p in some])
-        rows.append(dino(images.to(device))[:, 0].cpu().double().numpy())
-    return np.concatenate(rows)
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of normal distributions fitted to features (n, D), (m, D), as in FID:
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2)  (Heusel et al. 2017)."""
-    C_a, C_b = np.cov(a.T), np.cov(b.T)
-    # the root's trace: C_a C_b has the eigenvalues of the symmetric R C_b R with R = C_a^1/2
-    values, vectors = scipy.linalg.eigh(C_a)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(scipy.linalg.eigvalsh(root @ C_b @ root).clip(0)).sum()
-    distance = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(C_a) + np.trace(C_b) - 2 * cross
-    return max(0.0, float(distance))  # rounding can bring it below
 
 
 if __name__ == "__main__":

@@ -152,10 +152,10 @@ def main():
         optimizer.zero_grad()
         for i, part in enumerate(rows.chunk(recipe.accumulate)):
             model.require_backward_grad_sync = i == recipe.accumulate - 1  # DDP: once is enough
-            class_ids, *ids = split(part, cfg.num_global)
+            class_ids, global_ids, patch_ids = split(part, cfg.num_global)
             with hita.autocast(device):
-                logits = model(class_ids, *ids)
-            global_loss, patch_loss = losses(*logits, *ids)
+                global_logits, patch_logits = model(class_ids, global_ids, patch_ids)
+            global_loss, patch_loss = losses(global_logits, patch_logits, global_ids, patch_ids)
             loss = recipe.global_weight * global_loss + patch_loss
             (loss / recipe.accumulate).backward()
             log.add({"global": global_loss, "patch": patch_loss})
@@ -262,12 +262,14 @@ def evaluate(ema: hita.Llama, tokens: np.ndarray, device: torch.device,
     total = torch.zeros(3, device=device)  # global, patch, number of pictures
     mine = tokens[hita.rank()::hita.world()]
     for i in range(0, len(mine), 16):
-        class_ids, *ids = split(to_device(mine[i:i + 16], device), ema.cfg.num_global)
-        losses = hita.llama_losses(*ema(class_ids, *ids), *ids)
-        figures = torch.stack([*losses, torch.ones_like(losses[0])])
-        total += len(class_ids) * figures
-    total = hita.all_sum(total)
-    global_loss, patch_loss = (total[:2] / total[2]).tolist()
+        rows = to_device(mine[i:i + 16], device)
+        class_ids, global_ids, patch_ids = split(rows, ema.cfg.num_global)
+        logits = ema(class_ids, global_ids, patch_ids)
+        global_loss, patch_loss = hita.llama_losses(*logits, global_ids, patch_ids)
+        one = torch.ones_like(patch_loss)
+        total += len(rows) * torch.stack([global_loss, patch_loss, one])
+    global_loss, patch_loss, pictures = hita.all_sum(total).tolist()
+    global_loss, patch_loss = global_loss / pictures, patch_loss / pictures
     cfg, M, N = ema.cfg, ema.cfg.num_global, ema.cfg.grid ** 2
     guess = M * math.log(cfg.global_codebook_size) + N * math.log(cfg.patch_codebook_size)
     figures = {"global": global_loss} if M else {}

@@ -212,6 +212,9 @@ def compile_parts(tokenizer: hita.HitaTokenizer, *others: nn.Module | None) -> N
     parts = [tokenizer.encoder, tokenizer.decoder, tokenizer.dino, *others]
     if tokenizer.cfg.num_global:
         parts += [tokenizer.extractor, tokenizer.fusion]
+    for norm in tokenizer.modules():
+        if isinstance(norm, nn.GroupNorm) and norm.weight.is_cuda:
+            norm.forward = partial(hita.norm_by_channel, norm)
     for part in filter(None, parts):
         part.compile()
 
@@ -243,15 +246,14 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
     others: global ids (n, M) of other pictures; then also swap, the PSNR with these. It is the
     plain PSNR where globals hold nothing, and where the decoder does not listen to them. Pictures
     of 336 px are judged at 256, as in the released protocol. Writes originals beside
-    reconstructions to `picture` and, where given, fills arrays for all of both."""
+    reconstructions to `picture` and, where two arrays are given, fills these with both."""
     device = next(tokenizer.parameters()).device
     mine = list(range(hita.rank(), len(data), hita.world()))
     loader = DataLoader(data, 16, sampler=[(0, i) for i in mine], num_workers=workers,
                         worker_init_fn=hita.ignore_signals)
 
     # encoding in float32, or some ids would be others; the decoder may work in bfloat16
-    names = ["pictures", "psnr"] + ["lpips"] * bool(perceptual) + ["swap"] * (others is not None)
-    totals = {name: torch.zeros((), device=device) for name in names}
+    totals = torch.zeros(4, device=device)  # pictures; sums of PSNR, LPIPS, swap
     progress = tqdm(loader, "evaluating", disable=hita.rank() > 0, leave=False)
     for n, (images, _) in enumerate(progress):
         images, these = images.to(device, memory_format=torch.channels_last), mine[16 * n:][:16]
@@ -259,20 +261,24 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
         with hita.autocast(device):
             recon = tokenizer.decode(global_ids, patch_ids)
             mixed = None if others is None else tokenizer.decode(others[these], patch_ids)
-        pair = [judged(images), judged(recon)]
-        totals["pictures"] += len(images)
-        totals["psnr"] += hita.psnr(*pair).sum()
+        images, recon = judged(images), judged(recon)
+        totals[0] += len(images)
+        totals[1] += hita.psnr(images, recon).sum()
         if perceptual is not None:
-            totals["lpips"] += perceptual(*pair) * len(images)
+            totals[2] += perceptual(images, recon) * len(images)
         if mixed is not None:
-            totals["swap"] += hita.psnr(pair[0], judged(mixed)).sum()
-        for array, pictures in zip(arrays, pair):
-            array[these] = hita.to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()
+            totals[3] += hita.psnr(images, judged(mixed)).sum()
+        if arrays:
+            arrays[0][these], arrays[1][these] = as_bytes(images), as_bytes(recon)
 
     # over all processes
-    totals = {name: hita.all_sum(total).item() for name, total in totals.items()}
-    pictures, mark = totals.pop("pictures"), "train_" if data.split == "train" else ""
-    figures = {mark + name: total / pictures for name, total in totals.items()}
+    pictures, psnr, lpips, swap = hita.all_sum(totals).tolist()
+    mark = "train_" if data.split == "train" else ""
+    figures = {f"{mark}psnr": psnr / pictures}
+    if perceptual is not None:
+        figures[f"{mark}lpips"] = lpips / pictures
+    if others is not None:
+        figures[f"{mark}swap"] = swap / pictures
     if hita.rank() == 0:
         shown = []
         for i in range(24):  # one by one, since large pictures need much memory
@@ -280,6 +286,11 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
             shown += [image, tokenizer.decode(*tokenizer.encode(image))]
         hita.picture_grid(torch.cat(shown), columns=12).save(picture)
     return figures
+
+
+def as_bytes(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)"""
+    return hita.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def judged(images: Tensor) -> Tensor:
