@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 
 class HitaError(ValueError):
-    """A mistake that a user can make and mend; the scripts print it as one line."""
+    """A user error; the scripts report it in one line."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -102,7 +102,7 @@ class TokenizerConfig:
 
     @property
     def uses_dino(self) -> bool:
-        """Whether encoding needs the frozen DINOv2: never without global tokens."""
+        """Whether encoding needs the frozen DINOv2; false if there are no global tokens."""
         return self.dino != "none" and self.num_global > 0
 
 
@@ -130,12 +130,11 @@ TOKENIZERS = {
     "hita-v": TokenizerConfig(),
     "hita-u": TokenizerConfig(vfm_recon=True),
     "emoji": TokenizerConfig(
-        image_size=64, channels=16, channel_mult=(1, 1, 2, 2), res_blocks=1, latent_dim=128,
-        layers=2, heads=4, dropout=0.0, num_global=16, global_codebook_size=256,
-        patch_codebook_size=32, centre=True, revive_codes=True, k=8, dino="none"),
+        image_size=64, channels=16, channel_mult=(1, 2, 2), res_blocks=1, latent_dim=128,
+        layers=1, heads=4, dropout=0.0, num_global=16, global_codebook_size=256,
+        patch_codebook_size=8, centre=True, revive_codes=True, k=16, dino="none"),
 }
-TOKENIZERS["prints"] = dataclasses.replace(
-    TOKENIZERS["emoji"], channels=32, latent_dim=160, heads=5)
+TOKENIZERS["prints"] = dataclasses.replace(TOKENIZERS["emoji"], layers=2)
 
 LLAMA_SIZES = {  # the paper's names, its nominal sizes and the true ones
     "B": dict(layers=12, heads=12, dim=768),      # (111M, 136.2M)
@@ -143,8 +142,8 @@ LLAMA_SIZES = {  # the paper's names, its nominal sizes and the true ones
     "XL": dict(layers=36, heads=20, dim=1280),    # (775M, 816.8M)
     "XXL": dict(layers=48, heads=24, dim=1536),   # (1.4B, 1461.5M)
     "2B": dict(layers=48, heads=32, dim=1920),    # (2.0B, 2251.5M)
-    "emoji": dict(layers=4, heads=4, dim=128, dropout=0.0, token_dropout=0.0),
-    "prints": dict(layers=6, heads=7, dim=224, dropout=0.15),
+    "emoji": dict(layers=4, heads=3, dim=96, dropout=0.0, token_dropout=0.0),
+    "prints": dict(layers=4, heads=4, dim=128, dropout=0.0, token_dropout=0.0),
 }
 
 
@@ -332,8 +331,8 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 class Attention(nn.Module):
     """Multi-head attention, bidirectional or causal. (B, T, D) -> (B, T, D)
-    Bidirectional has no bias on q, k, v and drops its output; causal has biases and drops attention
-    probabilities. No idea is behind that: the released model joins layers of two code bases."""
+    Bidirectional: no bias on q, k, v, dropout on the output. Causal: biases, dropout on the
+    attention probabilities. There is no reason for it: the released model joins two code bases."""
 
     def __init__(self, dim: int, heads: int, causal: bool, dropout: float):
         super().__init__()
@@ -799,8 +798,9 @@ def position_rotations(num_global: int, grid: int, head_dim: int) -> tuple[Tenso
 
     Inputs are class, globals, patches: input p is token p - 1. Positions 0 .. M-1 do not turn, they
     have a learned shift. M + 1 + i (patch i): 2-D RoPE, half of the pairs turn with the cell's row,
-    half with its column. Position M, the last global: cos = sin = 0, so its query attends to all
-    alike and its key scores 0: an accident of the released code, kept since its weights need it."""
+    half with its column. At position M, the last global, cos = sin = 0: its attention is uniform over
+    0 .. M, and its key's logit is 0 for every later query. This is an accident of the released
+    code; the released weights need it."""
     pairs = head_dim // 2
     theta = 10000.0 ** (-2 * torch.arange(pairs // 2) / pairs)  # (pairs/2,)
     angle = torch.arange(grid)[:, None] * theta  # (grid, pairs/2)
@@ -845,7 +845,7 @@ class LlamaBlock(nn.Module):
     def attend(self, x: Tensor, shift: Tensor, cos: Tensor, sin: Tensor, index: Tensor,
                cache: tuple[Tensor, Tensor] | None, visible: Tensor | None) -> Tensor:
         """Attention of inputs at positions (T,); with a cache also to what `visible` shows of it.
-        shift (T, dim) and cos, sin (T, d/2) say where an input stands; visible is (T, length)."""
+        shift (T, dim) and cos, sin (T, d/2) say where an input stands; visible is (T, M + N)."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, T, dim) each
 
         # Positions act on queries and keys only, never on the residual stream, and anew in every
@@ -863,8 +863,7 @@ class LlamaBlock(nn.Module):
         if cache is not None:
             keys, values = cache  # (B, heads, M + N, d) both
             keys[:, :, index], values[:, :, index] = k.type_as(keys), v.type_as(values)
-            length = visible.shape[1]
-            k, v = keys[:, :, :length], values[:, :, :length]
+            k, v = keys, values
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=cache is None, scale=d ** -0.5)
         return self.out(y[..., :d].transpose(1, 2).flatten(2))  # (B, T, dim)
@@ -975,8 +974,7 @@ class Llama(nn.Module):
         for p in tqdm(range(ids.shape[1], total), "tokens", disable=not progress, leave=False):
             token, x = self.step(x, index, caches, random[:, p, None], cfg_scale,
                                  (temperature, top_k, top_p), is_global=p < M,
-                                 embed_as_global=p < num_by_global_table,
-                                 length=self.cache_length(p, len(ids), x.is_cuda))
+                                 embed_as_global=p < num_by_global_table)
             ids = torch.cat([ids, token], dim=1)  # (B, p + 1)
             x, index = x.clone(), index[-1:] + 1  # the next step may reuse the memory of x
         return ids[:, :M], ids[:, M:]
@@ -995,13 +993,6 @@ class Llama(nn.Module):
         check_ids("given global ids", ids[:, :M], (None, None), sizes[0])
         check_ids("given patch ids", ids[:, M:], (None, None), sizes[1])
         return ids
-
-    def cache_length(self, p: int, batch: int, on_gpu: bool) -> int:
-        """How much of the cache is read for token p: the filled part, in few sizes since a graph
-        is compiled for each; on a GPU few pictures are no faster for it, and two graphs enough."""
-        total = self.cfg.num_global + self.cfg.grid ** 2
-        filled = math.ceil((p + 1) / 128) * 128
-        return total if on_gpu and batch < 16 else min(total, filled)
 
     @torch.inference_mode(False)  # or a call outside of it could not use them
     def empty_caches(self, batch: int, dtype: torch.dtype, device: torch.device,
@@ -1022,13 +1013,14 @@ class Llama(nn.Module):
         self.empty_caches = lru_cache(None)(partial(self.empty_caches, kept=True))
 
     def step(self, x: Tensor, index: Tensor, caches: list[tuple], random: Tensor,
-             cfg_scale: float, filters: tuple, is_global: bool, embed_as_global: bool,
-             length: int) -> tuple[Tensor, Tensor]:
+             cfg_scale: float, filters: tuple, is_global: bool,
+             embed_as_global: bool) -> tuple[Tensor, Tensor]:
         """Inputs (B or 2B, T, dim) at positions (T,) -> next token (B, 1), and as input embedded.
-        All that changes from step to step is tensors, but for the kind of token and the length of
-        the cache that is read: it can be compiled as a whole, once for each of these."""
+        All that changes from step to step is tensors, but for the kind of token: it can be
+        compiled as a whole, once for each kind."""
         # an input sees itself and those before
-        visible = torch.arange(length, device=x.device) <= index[:, None]  # (T, length)
+        length = caches[0][0].shape[2]  # M + N
+        visible = torch.arange(length, device=x.device) <= index[:, None]  # (T, M + N)
         state = self.backbone(x, index, caches, visible)[:, -1]  # (B or 2B, dim)
         logits = (self.global_head if is_global else self.patch_head)(state).float()
 

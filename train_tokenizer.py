@@ -58,12 +58,11 @@ class Training:
 RECIPES = {
     "hita-v": Training(), "hita-u": Training(),
     "emoji": Training(
-        steps=660, batch_size=32, lr=1.5e-3, warmup=50, ema=0.99, lpips_weight=0.0, gan_weight=0.02,
-        gan_start=610, gan_width=32, crop_range=1.0, log_every=25, eval_every=330, keep_every=0,
+        steps=420, batch_size=32, lr=1.5e-3, warmup=50, ema=0.99, lpips_weight=0.0, gan_weight=0.02,
+        gan_start=385, gan_width=32, crop_range=1.0, log_every=20, eval_every=210, keep_every=0,
         workers=0),
 }
-RECIPES["prints"] = dataclasses.replace(
-    RECIPES["emoji"], steps=2041, batch_size=64, gan_start=1796, eval_every=500, workers=4)
+RECIPES["prints"] = dataclasses.replace(RECIPES["emoji"], steps=800, gan_start=610, eval_every=400)
 
 
 def main():
@@ -268,8 +267,8 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
             totals[2] += perceptual(images, recon) * len(images)
         if mixed is not None:
             totals[3] += hita.psnr(images, judged(mixed)).sum()
-        if arrays:
-            arrays[0][these], arrays[1][these] = as_bytes(images), as_bytes(recon)
+        for array, pictures in zip(arrays, (images, recon)):
+            array[these] = hita.to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()
 
     # over all processes
     pictures, psnr, lpips, swap = hita.all_sum(totals).tolist()
@@ -286,11 +285,6 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
             shown += [image, tokenizer.decode(*tokenizer.encode(image))]
         hita.picture_grid(torch.cat(shown), columns=12).save(picture)
     return figures
-
-
-def as_bytes(images: Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)"""
-    return hita.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def judged(images: Tensor) -> Tensor:
@@ -368,25 +362,16 @@ def probes(tokenizer: hita.HitaTokenizer, train: tuple, val: tuple) -> dict[str,
     return figures
 
 
-def linear_probe(x: Tensor, y: Tensor, val_x: Tensor, decay: float = 0.01) -> Tensor:
-    """Classes (m,) that a linear classifier fitted to x (n, D), y (n,) finds for val_x (m, D).
-
-    Logistic regression on standardised features with the L2 penalty decay / 2 * |W|^2."""
+def linear_probe(x: Tensor, y: Tensor, val_x: Tensor, decay: float = 0.1) -> Tensor:
+    """Classes (m,) that a linear classifier fitted to x (n, D), y (n,) finds for val_x (m, D): a
+    ridge regression of standardised features onto the classes as 0 and 1."""
     mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
     x, val_x = (x - mean) / std, (val_x - mean) / std
-    W = x.new_zeros(x.shape[1], int(y.max()) + 1).requires_grad_()
-    b = x.new_zeros(W.shape[1]).requires_grad_()
-    optimizer = torch.optim.LBFGS([W, b], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        """Penalised loss of all data, with its gradients."""
-        optimizer.zero_grad()
-        value = F.cross_entropy(x @ W + b, y) + decay / 2 * W.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return (val_x @ W + b).argmax(dim=1)
+    classes = F.one_hot(y).type_as(x)  # (n, classes)
+    share = classes.mean(dim=0)
+    ridge = x.T @ x / len(x) + decay * torch.eye(x.shape[1], device=x.device)
+    W = torch.linalg.solve(ridge, x.T @ (classes - share) / len(x))  # (D, classes)
+    return (val_x @ W + share).argmax(dim=1)
 
 
 if __name__ == "__main__":
