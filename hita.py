@@ -17,8 +17,8 @@ its own code and has to rely on the globals:
 
     class -> Llama -> M global ids -> N patch ids -> Fusion, Decoder -> a new picture
 
-Part 1 is Hita, in the order of the data. Part 2, below the banner, is what the scripts share:
-processes, flags, pictures, logs, checkpoints, released files. It can be left unread.
+Part 1 is Hita, in the order of the data: all that decides what the models compute. Part 2, below
+the banner, is what the scripts share: processes, flags, pictures, logs, checkpoints, files.
 
 Letters in shape comments: B batch, H W pixels, h w patch grid, N = h*w patch tokens, M global
 tokens, D latent width, C code width (12 global, 8 patch), V size of a codebook, T sequence length,
@@ -134,7 +134,9 @@ TOKENIZERS = {
         layers=1, heads=4, dropout=0.0, num_global=16, global_codebook_size=256,
         patch_codebook_size=8, centre=True, revive_codes=True, k=16, dino="none"),
 }
-TOKENIZERS["prints"] = dataclasses.replace(TOKENIZERS["emoji"], layers=2)
+TOKENIZERS["prints"] = dataclasses.replace(
+    TOKENIZERS["emoji"], channels=32, channel_mult=(1, 1, 2, 2), latent_dim=160, layers=2, heads=5,
+    patch_codebook_size=32, k=8)
 
 LLAMA_SIZES = {  # the paper's names, its nominal sizes and the true ones
     "B": dict(layers=12, heads=12, dim=768),      # (111M, 136.2M)
@@ -143,7 +145,7 @@ LLAMA_SIZES = {  # the paper's names, its nominal sizes and the true ones
     "XXL": dict(layers=48, heads=24, dim=1536),   # (1.4B, 1461.5M)
     "2B": dict(layers=48, heads=32, dim=1920),    # (2.0B, 2251.5M)
     "emoji": dict(layers=4, heads=3, dim=96, dropout=0.0, token_dropout=0.0),
-    "prints": dict(layers=4, heads=4, dim=128, dropout=0.0, token_dropout=0.0),
+    "prints": dict(layers=6, heads=7, dim=224, dropout=0.15),
 }
 
 
@@ -482,15 +484,12 @@ class VectorQuantizer(nn.Module):
         return F.normalize(self.codebook.float(), dim=-1)[ids]
 
 
-# ---- Centring and revival: not in the paper, off in the released models ------
-#
-# Both are for short trainings on small data, as the demo's. There a query's own direction decides
-# which code is nearest, whatever the picture, and most codes are never the nearest of any.
+# ---- Centring and revival: not in the paper; for short trainings on small data ----
 
 class Centring(nn.Module):
     """BatchNorm1d without learned scale, over all processes: (B, T, C) -> (B, T, C) in float32.
-    Not in the paper, off in the released models. The queries of one position share most of their
-    direction, whatever the picture: nearest codes would be constant, and the decoder ignore them.
+    Off in the released models. At first the queries of one position share most of their direction,
+    whatever the picture: nearest codes would be constant, and the decoder ignore them.
     positions: T for statistics of each, 1 for common ones. HitaError for a batch of one."""
 
     def __init__(self, positions: int, dim: int):
@@ -506,8 +505,7 @@ class Centring(nn.Module):
                 check(len(z) * world() > 1, "centring needs two pictures: raise --batch-size")
                 # over the batch and, where the statistics are common ones, over positions
                 dims = (0,) if len(mean) > 1 else (0, 1)
-                # AllMean (Part 2) is over the processes. The gradient passes through both;
-                # without it the mean runs away.
+                # and over the processes; without a gradient through both the mean runs away
                 mean = AllMean.apply(z.mean(dims, keepdim=True))[0]  # (positions, C)
                 var = AllMean.apply((z - mean).square().mean(dims, keepdim=True))[0]
                 n = world() * z[..., 0].numel() // len(mean)  # values behind each statistic
@@ -517,7 +515,7 @@ class Centring(nn.Module):
 
 
 class RevivingQuantizer(VectorQuantizer):
-    """For small data, not in Hita: training moves unused codes, at first all, onto z."""
+    """Training moves codes that are hardly ever the nearest, at first all, onto some of z."""
 
     def __init__(self, size: int, dim: int, beta: float = 0.25):
         super().__init__(size, dim, beta)
@@ -635,7 +633,7 @@ class HitaTokenizer(nn.Module):
         self.attach_dino(None)
         D, M = cfg.latent_dim, cfg.num_global
         centring = Centring if cfg.centre else nn.Identity  # which ignores its arguments
-        Quantizer = RevivingQuantizer if cfg.revive_codes else VectorQuantizer  # see Part 2
+        Quantizer = RevivingQuantizer if cfg.revive_codes else VectorQuantizer
         self.encoder = Encoder(cfg)
         self.patch_down = nn.Linear(D, cfg.patch_code_dim)
         self.patch_centring = centring(1, cfg.patch_code_dim)
@@ -798,9 +796,9 @@ def position_rotations(num_global: int, grid: int, head_dim: int) -> tuple[Tenso
 
     Inputs are class, globals, patches: input p is token p - 1. Positions 0 .. M-1 do not turn, they
     have a learned shift. M + 1 + i (patch i): 2-D RoPE, half of the pairs turn with the cell's row,
-    half with its column. At position M, the last global, cos = sin = 0: its attention is uniform over
-    0 .. M, and its key's logit is 0 for every later query. This is an accident of the released
-    code; the released weights need it."""
+    half with its column. At position M, the last global, cos = sin = 0: its attention is uniform
+    over 0 .. M, and its key's logit is 0 for every later query. This is an accident of the released
+    code, and the released weights need it."""
     pairs = head_dim // 2
     theta = 10000.0 ** (-2 * torch.arange(pairs // 2) / pairs)  # (pairs/2,)
     angle = torch.arange(grid)[:, None] * theta  # (grid, pairs/2)
@@ -957,8 +955,7 @@ class Llama(nn.Module):
         check_range(0, math.inf, whole=True, top_k=top_k, seed=seed)
         ids = self.check_request(class_ids, given, released_sampling)  # (B, P)
         random = random_numbers(class_ids, total, seed) if random is None else random
-        wanted = len(class_ids), total
-        check(random.shape == wanted, f"random is {tuple(random.shape)}, not {wanted}")
+        check(random.shape == (len(ids), total), f"random is {random.shape}, not {len(ids), total}")
 
         # Guidance predicts twice, with the class and without: one batch [cond; uncond].
         labels, known = class_ids, ids
@@ -980,7 +977,7 @@ class Llama(nn.Module):
         return ids[:, :M], ids[:, M:]
 
     def check_request(self, class_ids: Tensor, given: Tensor | None, released: bool) -> Tensor:
-        """What generate is asked for -> the given ids (B, P), P = 0 where there are none."""
+        """Checks arguments of generate -> the given ids (B, P), P = 0 where there are none."""
         cfg, M, total = self.cfg, self.cfg.num_global, self.cfg.num_global + self.cfg.grid ** 2
         check_ids("class ids", class_ids, (None,), cfg.num_classes)
         check(len(class_ids) > 0, "class ids are none, give at least one")

@@ -62,7 +62,8 @@ RECIPES = {
         gan_start=385, gan_width=32, crop_range=1.0, log_every=20, eval_every=210, keep_every=0,
         workers=0),
 }
-RECIPES["prints"] = dataclasses.replace(RECIPES["emoji"], steps=800, gan_start=610, eval_every=400)
+RECIPES["prints"] = dataclasses.replace(
+    RECIPES["emoji"], steps=2041, batch_size=64, gan_start=1796, eval_every=500, workers=4)
 
 
 def main():
