@@ -130,13 +130,12 @@ TOKENIZERS = {
     "hita-v": TokenizerConfig(),
     "hita-u": TokenizerConfig(vfm_recon=True),
     "emoji": TokenizerConfig(
-        image_size=64, channels=16, channel_mult=(1, 2, 2), res_blocks=1, latent_dim=128,
-        layers=1, heads=4, dropout=0.0, num_global=16, global_codebook_size=256,
-        patch_codebook_size=8, centre=True, revive_codes=True, k=16, dino="none"),
+        image_size=64, channels=16, channel_mult=(1, 1, 2, 2), res_blocks=1, latent_dim=128,
+        layers=2, heads=4, dropout=0.0, num_global=16, global_codebook_size=256,
+        patch_codebook_size=32, centre=True, revive_codes=True, k=8, dino="none"),
 }
 TOKENIZERS["prints"] = dataclasses.replace(
-    TOKENIZERS["emoji"], channels=32, channel_mult=(1, 1, 2, 2), latent_dim=160, layers=2, heads=5,
-    patch_codebook_size=32, k=8)
+    TOKENIZERS["emoji"], channels=32, latent_dim=160, heads=5)
 
 LLAMA_SIZES = {  # the paper's names, its nominal sizes and the true ones
     "B": dict(layers=12, heads=12, dim=768),      # (111M, 136.2M)
@@ -144,7 +143,7 @@ LLAMA_SIZES = {  # the paper's names, its nominal sizes and the true ones
     "XL": dict(layers=36, heads=20, dim=1280),    # (775M, 816.8M)
     "XXL": dict(layers=48, heads=24, dim=1536),   # (1.4B, 1461.5M)
     "2B": dict(layers=48, heads=32, dim=1920),    # (2.0B, 2251.5M)
-    "emoji": dict(layers=4, heads=3, dim=96, dropout=0.0, token_dropout=0.0),
+    "emoji": dict(layers=4, heads=4, dim=128, dropout=0.0, token_dropout=0.0),
     "prints": dict(layers=6, heads=7, dim=224, dropout=0.15),
 }
 
@@ -634,18 +633,18 @@ class HitaTokenizer(nn.Module):
         D, M = cfg.latent_dim, cfg.num_global
         centring = Centring if cfg.centre else nn.Identity  # which ignores its arguments
         Quantizer = RevivingQuantizer if cfg.revive_codes else VectorQuantizer
+        quantizer = partial(Quantizer, beta=cfg.beta)
         self.encoder = Encoder(cfg)
         self.patch_down = nn.Linear(D, cfg.patch_code_dim)
         self.patch_centring = centring(1, cfg.patch_code_dim)
-        self.patch_quantizer = Quantizer(cfg.patch_codebook_size, cfg.patch_code_dim, cfg.beta)
+        self.patch_quantizer = quantizer(cfg.patch_codebook_size, cfg.patch_code_dim)
         self.patch_up = nn.Linear(cfg.patch_code_dim, D)
         # without global tokens a plain VQGAN remains, without any transformer
         if M:
             self.extractor = QueryExtractor(cfg)
             self.global_down = nn.Linear(D, cfg.global_code_dim)
             self.global_centring = centring(M, cfg.global_code_dim)
-            self.global_quantizer = Quantizer(cfg.global_codebook_size, cfg.global_code_dim,
-                                              cfg.beta)
+            self.global_quantizer = quantizer(cfg.global_codebook_size, cfg.global_code_dim)
             self.global_up = nn.Linear(cfg.global_code_dim, D)
             self.fusion = Fusion(cfg)
         self.decoder = Decoder(cfg)
@@ -834,8 +833,7 @@ class LlamaBlock(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, cos: Tensor, sin: Tensor, index: Tensor,
                 cache: tuple[Tensor, Tensor] | None, visible: Tensor | None) -> Tensor:
         """All but x: see attend."""
-        y = self.attend(self.norm1(x), shift, cos, sin, index, cache, visible)
-        x = x + self.dropout(y)
+        x = x + self.dropout(self.attend(self.norm1(x), shift, cos, sin, index, cache, visible))
         y = self.norm2(x)
         y = F.silu(self.w1(y)) * self.w3(y)  # (B, T, hidden)
         return x + self.dropout(self.w2(y))

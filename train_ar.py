@@ -53,11 +53,11 @@ class Training:
 
 RECIPES = {size: Training() for size in hita.LLAMA_SIZES} | {
     "emoji": Training(
-        steps=1300, batch_size=32, lr=3e-3, warmup=100, ema=0.99, global_weight=1 / 16, copies=1,
-        sample_cfg=6.0, log_every=50, eval_every=650, keep_every=0, workers=0)}
+        steps=1500, batch_size=32, lr=3e-3, warmup=100, ema=0.99, global_weight=0.25,
+        sample_cfg=6.0, log_every=50, eval_every=500, keep_every=0, workers=0)}
 RECIPES["prints"] = dataclasses.replace(
     RECIPES["emoji"], steps=3300, batch_size=128, lr=1.5e-3, warmup=200, ema=0.998, copies=8,
-    global_weight=0.25, crop_range=0.85, sample_cfg=4.0, eval_every=500, workers=4)
+    crop_range=0.85, sample_cfg=4.0, workers=4)
 OF_THE_DATA = "num_classes num_global grid global_codebook_size patch_codebook_size".split()
 
 

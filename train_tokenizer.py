@@ -58,8 +58,8 @@ class Training:
 RECIPES = {
     "hita-v": Training(), "hita-u": Training(),
     "emoji": Training(
-        steps=420, batch_size=32, lr=1.5e-3, warmup=50, ema=0.99, lpips_weight=0.0, gan_weight=0.02,
-        gan_start=385, gan_width=32, crop_range=1.0, log_every=20, eval_every=210, keep_every=0,
+        steps=660, batch_size=32, lr=1.5e-3, warmup=50, ema=0.99, lpips_weight=0.0, gan_weight=0.02,
+        gan_start=610, gan_width=32, crop_range=1.0, log_every=25, eval_every=330, keep_every=0,
         workers=0),
 }
 RECIPES["prints"] = dataclasses.replace(
