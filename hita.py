@@ -449,11 +449,10 @@ class VectorQuantizer(nn.Module):
     """The nearest of V codes on the unit sphere (VQ-VAE, van den Oord et al. 2017; ViT-VQGAN).
 
     To put another (FSQ, LFQ, ...) in its place, name in HitaTokenizer.__init__ a class that offers
-    (size, dim, beta): the codebook's size as configured, ids are 0 .. size - 1; width; weight beta;
+    __init__(size, dim, beta): ids are 0 .. size - 1, codes have dim channels, beta may be ignored;
     forward: z (B, T, C) -> codes (B, T, C) with a gradient to z, ids (B, T), its loss, perhaps 0;
-    lookup: ids (B, T) -> the same codes;
-    both in float32, also under autocast. Train with --no-revive-codes, or the demo takes
-    RevivingQuantizer instead."""
+    lookup: ids (B, T) -> the same codes. Both work in float32, also under autocast.
+    Train with --no-revive-codes, or the demo takes RevivingQuantizer instead."""
 
     def __init__(self, size: int, dim: int, beta: float = 0.25):
         super().__init__()
@@ -462,8 +461,8 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Parameter(F.normalize(codebook, dim=-1))  # (V, C)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # float32 even under autocast: in bfloat16 one id in twenty would be another. So encode
-        # gives the same ids everywhere; in training z comes from layers that may be in bfloat16
+        # float32 even under autocast: in bfloat16 one id in twenty would be another. In encode all
+        # is in float32; in training z comes from layers that may be in bfloat16
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=-1)  # (B, T, C)
             codebook = F.normalize(self.codebook.float(), dim=-1)  # (V, C)
@@ -1089,7 +1088,7 @@ def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor
 
 
 # ==============================================================================
-# PART 2: WHAT THE SCRIPTS SHARE. Nothing below is about Hita.
+# PART 2: WHAT THE SCRIPTS SHARE. Nothing below decides what the models compute.
 # ==============================================================================
 
 import argparse
