@@ -130,12 +130,13 @@ TOKENIZERS = {
     "hita-v": TokenizerConfig(),
     "hita-u": TokenizerConfig(vfm_recon=True),
     "emoji": TokenizerConfig(
-        image_size=64, channels=16, channel_mult=(1, 1, 2, 2), res_blocks=1, latent_dim=128,
-        layers=2, heads=4, dropout=0.0, num_global=16, global_codebook_size=256,
-        patch_codebook_size=32, centre=True, revive_codes=True, k=8, dino="none"),
+        image_size=64, channels=16, channel_mult=(1, 2, 2), res_blocks=1, latent_dim=128,
+        layers=1, heads=4, dropout=0.0, num_global=16, global_codebook_size=256,
+        patch_codebook_size=8, centre=True, revive_codes=True, k=16, dino="none"),
 }
 TOKENIZERS["prints"] = dataclasses.replace(
-    TOKENIZERS["emoji"], channels=32, latent_dim=160, heads=5)
+    TOKENIZERS["emoji"], channels=32, channel_mult=(1, 1, 2, 2), latent_dim=160, layers=2, heads=5,
+    patch_codebook_size=32, k=8)
 
 LLAMA_SIZES = {  # the paper's names, its nominal sizes and the true ones
     "B": dict(layers=12, heads=12, dim=768),      # (111M, 136.2M)
@@ -143,7 +144,7 @@ LLAMA_SIZES = {  # the paper's names, its nominal sizes and the true ones
     "XL": dict(layers=36, heads=20, dim=1280),    # (775M, 816.8M)
     "XXL": dict(layers=48, heads=24, dim=1536),   # (1.4B, 1461.5M)
     "2B": dict(layers=48, heads=32, dim=1920),    # (2.0B, 2251.5M)
-    "emoji": dict(layers=4, heads=4, dim=128, dropout=0.0, token_dropout=0.0),
+    "emoji": dict(layers=4, heads=3, dim=96, dropout=0.0, token_dropout=0.0),
     "prints": dict(layers=6, heads=7, dim=224, dropout=0.15),
 }
 
@@ -1324,11 +1325,9 @@ def explanation(error: Exception, memory: str) -> str | None:
 def run_script(main, memory: str) -> None:
     """Call a script's main. What a user can mend ends in one line and status 2, a mistake in the
     code in its traceback, and all processes end. memory: what helps where a GPU has too little."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # None where it was closed
-        setattr(sys, name, stream)
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # for odd file names
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
+    for stream in sys.stdout, sys.stderr:  # which had been None where it was closed
+        stream.reconfigure(errors="backslashreplace")  # for odd file names
     status = 0
     try:
         main()
@@ -1470,18 +1469,13 @@ def data_entries(folder: str | Path) -> list[tuple[str, str, bool]]:
                   for x in entries)  # the disk is asked for links only, not for a million files
 
 
-def picture_files(folder: str | Path, above: tuple[str, ...] = (), seen: set | None = None):
-    """The picture files below a folder, through links, but not to folders above or seen before."""
-    real, seen = os.path.realpath(folder), set() if seen is None else seen
-    is_above = any(f"{x}{os.sep}".startswith(f"{real}{os.sep}") for x in above)
-    is_class = len(above) > 1 and os.path.dirname(real) == above[0]  # another than this
-    if not (is_above or is_class or real in seen):
-        seen.add(real)
-        for name, path, is_folder in data_entries(folder):
-            if is_folder:
-                yield from picture_files(path, (*above, real), seen)
-            elif name.lower().endswith(PICTURES):
-                yield path
+def picture_files(folder: str | Path):
+    """The picture files below a folder; of links those to files, since others may be circles."""
+    for _, path, is_folder in data_entries(folder):
+        if is_folder and not os.path.islink(path):
+            yield from picture_files(path)
+        elif not is_folder and path.lower().endswith(PICTURES):
+            yield path
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -1561,12 +1555,11 @@ class Pictures(torch.utils.data.Dataset):
         self.size, self.augment, self.crop_range, self.seed = size, augment, crop_range, seed
         folder = Path(root) / "train"
         check(folder.is_dir(), f"no folder {folder}: put pictures in {folder}/<class>/")
-        files = lambda path: picture_files(path, (os.path.realpath(Path(path).parent),))
         self.classes = [name for name, path, is_folder in data_entries(folder)
-                        if is_folder and next(files(path), None)]
+                        if is_folder and next(picture_files(path), None)]
         folders = [(self.root / name, label) for label, name in enumerate(self.classes)]
         self.samples = [(path, label) for folder, label in folders if folder.is_dir()
-                        for path in files(folder)]
+                        for path in picture_files(folder)]
         check(len(self) > 0, f"no pictures in {self.root}/<class>/, classes of {folder}")
         others = [name for name, *_ in data_entries(self.root) if name not in self.classes]
         if others:

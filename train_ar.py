@@ -53,11 +53,11 @@ class Training:
 
 RECIPES = {size: Training() for size in hita.LLAMA_SIZES} | {
     "emoji": Training(
-        steps=1500, batch_size=32, lr=3e-3, warmup=100, ema=0.99, global_weight=0.25,
-        sample_cfg=6.0, log_every=50, eval_every=500, keep_every=0, workers=0)}
+        steps=1400, batch_size=30, lr=3e-3, warmup=100, ema=0.99, global_weight=1 / 16, copies=1,
+        sample_cfg=6.0, log_every=50, eval_every=1400, keep_every=0, workers=0)}
 RECIPES["prints"] = dataclasses.replace(
     RECIPES["emoji"], steps=3300, batch_size=128, lr=1.5e-3, warmup=200, ema=0.998, copies=8,
-    crop_range=0.85, sample_cfg=4.0, workers=4)
+    global_weight=0.25, crop_range=0.85, sample_cfg=4.0, eval_every=500, workers=4)
 OF_THE_DATA = "num_classes num_global grid global_codebook_size patch_codebook_size".split()
 
 
@@ -121,9 +121,8 @@ def main():
 
     # ---- optimizer; what is saved is what has a state
     parameters = list(llama.parameters())
-    matrices = [p for p in parameters if p.dim() >= 2]
-    others = [p for p in parameters if p.dim() < 2]
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": [p for p in parameters if p.dim() >= 2]},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
         groups, recipe.lr, (0.9, 0.95), weight_decay=recipe.weight_decay, fused=True)
     parts = {"model": llama, "ema": ema, "optimizer": optimizer}
@@ -222,12 +221,10 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, 
 
 
 def to_device(rows: np.ndarray, device: torch.device) -> Tensor:
-    """Rows of the cache -> int64 with the class first, through pinned memory where that helps."""
+    """Rows of the cache -> int64 with the class first."""
     tensor = torch.from_numpy(rows.astype(np.int64))
     tensor[:, 0] -= 1  # 0 was "not encoded"
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def split(rows: Tensor, M: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,8 +242,7 @@ def start_from(llama: hita.Llama, path: str, classes: list[str], tokenizer_hash:
     presets = {name: dataclasses.replace(cfg, **size) for name, size in hita.LLAMA_SIZES.items()}
     hita.check_start(path, theirs, cfg, presets)
     weights, name = dict(data["ema"]), "class_embedding.weight"
-    names = data.get("classes", classes)
-    if names != classes or theirs.num_classes != len(classes):
+    if data.get("classes", classes) != classes or theirs.num_classes != len(classes):
         # only the embedding of "no class", the last row, means the same
         own = llama.class_embedding.weight.detach()
         weights[name] = torch.cat([own[:-1], weights[name][-1:]])
@@ -266,10 +262,9 @@ def evaluate(ema: hita.Llama, tokens: np.ndarray, device: torch.device,
         class_ids, global_ids, patch_ids = split(rows, ema.cfg.num_global)
         logits = ema(class_ids, global_ids, patch_ids)
         global_loss, patch_loss = hita.llama_losses(*logits, global_ids, patch_ids)
-        one = torch.ones_like(patch_loss)
-        total += len(rows) * torch.stack([global_loss, patch_loss, one])
-    global_loss, patch_loss, pictures = hita.all_sum(total).tolist()
-    global_loss, patch_loss = global_loss / pictures, patch_loss / pictures
+        total += len(rows) * torch.stack([global_loss, patch_loss, torch.ones_like(patch_loss)])
+    hita.all_sum(total)
+    global_loss, patch_loss, _ = (total / total[2]).tolist()
     cfg, M, N = ema.cfg, ema.cfg.num_global, ema.cfg.grid ** 2
     guess = M * math.log(cfg.global_codebook_size) + N * math.log(cfg.patch_codebook_size)
     figures = {"global": global_loss} if M else {}

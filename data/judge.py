@@ -1,0 +1,160 @@
+"""A yardstick for pictures of the embedded classes: are they recognised, near to real ones, varied?
+
+    python data/judge.py                       the pair in out/ or, where there is none, prints
+    python data/judge.py out-mine --cfg-scale 6 --top-k 0 --num 12
+    python data/judge.py --train               the judge anew, into data/judge.pt
+
+The judge is a small conv net, trained on the training pictures in grey, bent and blurred: it knows
+drawings, not palettes. From Python: `from data import judge; judge.score(images, class_ids)`.
+"""
+
+import sys
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import transforms as T
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import hita
+import sample
+
+
+def network() -> nn.Sequential:
+    """Grey images (B, 1, 64, 64) -> logits (B, 50); without its last layer features (B, 112)."""
+    widths = 1, 24, 48, 48, 80, 80, 112, 112  # where they grow, the resolution halves
+    convs = [nn.Sequential(nn.Conv2d(a, b, 3, 1 + (a < b), padding=1, bias=False),
+                           nn.BatchNorm2d(b), nn.ReLU()) for a, b in zip(widths, widths[1:])]
+    end = nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Dropout(0.4), nn.Linear(112, 50)
+    return nn.Sequential(*convs, *end)
+
+
+def grey(images: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, 1, H, W), each with mean 0 and deviation 1."""
+    return F.layer_norm(images.clamp(-1, 1).mean(1, keepdim=True), (1, *images.shape[2:]))
+
+
+@lru_cache
+def load() -> nn.Sequential:
+    """The network of judge.pt, in eval mode, on the CPU."""
+    judge = network()
+    judge.load_state_dict(torch.load(HERE / "judge.pt", weights_only=True))
+    return judge.eval()
+
+
+@lru_cache
+def real(split: str) -> tuple[Tensor, Tensor, list[str]]:
+    """The embedded pictures of a split, (n, 3, 64, 64), their class ids (n,), 50 names."""
+    data = hita.Pictures(hita.embedded_data(), split, 64)
+    images, class_ids = zip(*(data[0, i] for i in range(len(data))))
+    return torch.stack(images), torch.tensor(class_ids), data.classes
+
+
+@torch.no_grad()
+def score(images: Tensor, class_ids: Tensor, recon: Tensor | None = None) -> dict[str, float]:
+    """Figures of images (B, 3, 64, 64) in [-1, 1] that should show class_ids (B,).
+
+    top1, top5: share whose class is the judge's first guess, among its first five. fd: Fréchet
+    distance of its features to those of training pictures, as many of each class; fd_colours: of
+    mean colours, of all and of 3 x 3 parts, and deviations. inception_score: exp of the mean
+    KL(p(class | image) || p(class)). copies: share nearer to a training picture than 95 % of recon,
+    else of the validation pictures, are. spread: mean distance of two images of a class, over that
+    of training pictures. HitaError for other shapes or ids."""
+    hita.check_images(images, 64, torch.float32)
+    hita.check_ids("class_ids", class_ids, (len(images),), 50)
+    known, known_ids, _ = real("train")
+    some = []  # as many training pictures
+    for c, count in enumerate(class_ids.bincount(minlength=50)):
+        of_class = (known_ids == c).nonzero()[:, 0]
+        some += of_class[torch.linspace(0, len(of_class) - 1, count).round().long()]
+    like, like_ids = known[some], known_ids[some]
+
+    features = lambda x: torch.cat([load()[:-1](grey(few)) for few in x.split(100)])  # (B, 112)
+    colours = lambda x: torch.cat([x.mean((2, 3)), x.std((2, 3)),
+                                   F.adaptive_avg_pool2d(x, 3).flatten(1)], dim=1)  # (B, 33)
+    log_p = load()[-1](features(images)).log_softmax(dim=1)  # (B, 50)
+    hits = log_p.topk(5).indices == class_ids[:, None]  # (B, 5)
+    gain = (log_p.exp() * (log_p - log_p.exp().mean(dim=0).log())).sum(dim=1)  # (B,)
+    small = lambda x: F.normalize(F.adaptive_avg_pool2d(grey(x), 16).flatten(1), dim=1)  # (B, 256)
+    nearest = lambda x: (small(x) @ small(known).T).amax(dim=1)  # correlations, as of spread
+    limit = nearest(real("val")[0] if recon is None else recon).quantile(0.95)
+    spread = lambda x, ids: (1 - small(x) @ small(x).T)[(ids[:, None] == ids).triu(1)].mean()
+    figures = {"top1": hits[:, 0].float().mean(), "top5": hits.any(dim=1).float().mean(),
+               "fd": frechet_distance(features(images), features(like)),
+               "inception_score": gain.mean().exp(),
+               "fd_colours": frechet_distance(colours(images), colours(like)),
+               "copies": (nearest(images) > limit).float().mean(),
+               "spread": spread(images, class_ids) / spread(like, like_ids)}
+    return {name: float(x) for name, x in figures.items()}
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Of (n, D) and (m, D), as in FID: |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2)"""
+    C_a, C_b = a.double().T.cov(), b.double().T.cov()
+    root = torch.linalg.eigvals(C_a @ C_b).real.clamp(min=0).sqrt().sum()  # its trace
+    return (a.mean(0) - b.mean(0)).square().sum() + C_a.trace() + C_b.trace() - 2 * root
+
+
+def train(seed: int, steps: int = 2000) -> None:
+    """Writes judge.pt, in half precision; the same seed gives the same judge."""
+    torch.manual_seed(seed)
+    (images, class_ids, _), judge = real("train"), network()
+    bend = T.Compose([T.RandomHorizontalFlip(), T.RandomAffine(6, (0.1, 0.1), (0.85, 1.2)),
+                      T.RandomApply([T.GaussianBlur(9, (0.5, 3.0))], 0.75)])
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
+    for _ in tqdm(range(steps), "training the judge"):
+        some = torch.randint(len(images), (128,))
+        logits = judge(grey(torch.cat([bend(few) for few in images[some].split(8)])))
+        optimizer.zero_grad()
+        F.cross_entropy(logits, class_ids[some], label_smoothing=0.1).backward()
+        optimizer.step()
+        schedule.step()
+    hita.write_file(HERE / "judge.pt", partial(torch.save, judge.half().state_dict()))
+
+
+def main() -> None:
+    parser = hita.Parser(__doc__)
+    add = partial(parser.add_argument, metavar="X")
+    add("out", nargs="?", default="out", help="run directory [out]")
+    add("--tokenizer", help="[the one that the Llama goes with]")
+    add("--llama", help="[llama.pt in OUT or, where nothing was trained, prints]")
+    add("--cfg-scale", type=float, help="guidance [2; prints: 4]")
+    add("--top-k", type=int, help="draw from the k likeliest ids, 0 from all [0; prints: 8]")
+    add("--num", type=int, default=12, help="samples of each class [12]")
+    add("--seed", type=int, default=0, help="of the samples, or of --train [0]")
+    parser.add_argument("--train", action="store_true", help="train the judge anew")
+    args = parser.parse_args()
+    hita.check_range(1, 1000, num=args.num)
+    if args.train:
+        return train(args.seed)
+    own = Path(args.out, "llama.pt")
+    path = args.llama or ("prints" if args.out == "out" and not own.exists() else str(own))
+    llama, beside = hita.load_llama(path), Path(path).with_name("tokenizer.pt")
+    found, tokenizer = hita.find_tokenizer(llama.made_from, args.tokenizer, beside)
+    settings = (sample.PRINTS if path == "prints" else sample.OTHERS) | {"seed": args.seed}
+    settings |= {name: x for name, x in vars(args).items() if name in settings and x is not None}
+    images, class_ids, classes = real("val")
+    hita.check(llama.classes == classes, f"{path} draws other classes than the embedded ones")
+    asked = torch.arange(50).repeat_interleave(args.num)
+    recon = sample.decode(tokenizer, *tokenizer.encode(images))
+    drawn = torch.cat([sample.decode(tokenizer, *llama.generate(ids, **settings))
+                       for ids in tqdm(asked.split(10 * args.num), "ten classes a step")])
+    judged = (images, class_ids), (recon, class_ids), (drawn, asked)
+    columns = [score(x, ids, recon) for x, ids in judged]
+    print(f"{path} with {found}, {settings}\n{'':15}{'validation':>16}{'reconstructed':>19}"
+          f"{'samples':>19}{'by chance':>15}")
+    for name in columns[0]:
+        by_chance = {"top1": 0.02, "top5": 0.1, "copies": 0.05}.get(name, "")  # of the shares
+        error = lambda p, n: f"± {(p * (1 - p) / n) ** 0.5:.3f}" if by_chance else ""
+        cells = [f"{figures[name]:11.3f} {error(figures[name], n):7}"
+                 for figures, n in zip(columns, (len(images), len(images), len(asked)))]
+        print(f"{name:15}", *cells, f"{by_chance:>12}", sep="")
+
+
+if __name__ == "__main__":
+    hita.run_script(main, "a smaller --num")
