@@ -2,8 +2,8 @@
 
 ICCV 2025, arXiv 2507.02358. Most image tokenizers cut a picture into patches and give each patch a
 code. Hita adds M *global* (holistic) tokens that describe the picture as a whole, and puts them
-first. The decoder reads one state per patch, each taken k positions early, so that no patch sees
-its own code and has to rely on the globals:
+first. The decoder reads one state per patch, each taken k positions early: none sees the code of
+its own patch, and each must rely on the globals:
 
     image (B, 3, H, W)
       Encoder                 conv VQGAN, stride f                      -> (B, D, h, w), N = h*w
@@ -28,11 +28,10 @@ Images are float tensors (B, 3, H, W) in [-1, 1]; token ids are int64.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -102,7 +101,7 @@ class TokenizerConfig:
 
     @property
     def uses_dino(self) -> bool:
-        """Whether encoding needs the frozen DINOv2; false if there are no global tokens."""
+        """Whether encoding needs the frozen DINOv2."""
         return self.dino != "none" and self.num_global > 0
 
 
@@ -134,7 +133,7 @@ TOKENIZERS = {
         layers=1, heads=4, dropout=0.0, num_global=16, global_codebook_size=256,
         patch_codebook_size=8, centre=True, revive_codes=True, k=16, dino="none"),
 }
-TOKENIZERS["prints"] = dataclasses.replace(
+TOKENIZERS["prints"] = replace(
     TOKENIZERS["emoji"], channels=32, channel_mult=(1, 1, 2, 2), latent_dim=160, layers=2, heads=5,
     patch_codebook_size=32, k=8)
 
@@ -152,8 +151,8 @@ LLAMA_SIZES = {  # the paper's names, its nominal sizes and the true ones
 # ---- Convolutional encoder and decoder (VQGAN, Esser et al. 2021) ------------
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """As released: 32 groups from 128 channels on, of at least 4 each. One in thinner layers: what
-    a group's pixels share is lost, with groups of 4 the hue, which the demo learned later."""
+    """As released: 32 groups from 128 channels on, of at least 4 each. One in thinner layers: norms
+    remove what a group shares, with groups of 4 the hue, and the demo learned it later."""
     groups = math.gcd(32, channels // 4) if channels >= 128 else 1
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
@@ -286,8 +285,7 @@ class DINOv2(nn.Module):
                  pretrained: bool = True):
         super().__init__()
         import timm  # slow to import, and decoding does without
-        load = partial(torch.load, map_location="cpu", weights_only=True)
-        load = safetensors.torch.load_file if str(file).endswith(".safetensors") else load
+        load = partial(timm.models.load_state_dict, weights_only=True)
         try:
             given = {"state_dict": load(file)} if file else {}  # then timm does not fetch
             self.vit = timm.create_model(name, pretrained, num_classes=0, img_size=self.SIZE,
@@ -312,9 +310,8 @@ class DINOv2(nn.Module):
                 images = TF.gaussian_blur(images, sizes[::-1], sigmas[::-1])  # x before y
 
             # align_corners=True because the released weights were trained with it
-            size = self.SIZE, self.SIZE
-            images = F.interpolate(images, size, mode="bicubic", align_corners=True).clamp(-1, 1)
-            return ((images + 1) / 2 - self.mean) / self.std
+            images = F.interpolate(images, self.SIZE, mode="bicubic", align_corners=True)
+            return ((images.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -412,13 +409,12 @@ class QueryExtractor(nn.Module):
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
-        D, width = cfg.latent_dim, cfg.dino_dim
+        D = cfg.latent_dim
         self.queries = learned(cfg.num_global, D)
         self.positions = learned(cfg.grid ** 2, D)
-        self.dino_proj = None
         if cfg.uses_dino:
             self.dino_proj = nn.Sequential(
-                nn.Linear(width, D, bias=False), nn.LayerNorm(D), nn.ReLU(),
+                nn.Linear(cfg.dino_dim, D, bias=False), nn.LayerNorm(D), nn.ReLU(),
                 nn.Linear(D, D, bias=False), nn.LayerNorm(D))
         self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
         self.bidirectional = nn.Sequential(*[Layer(cfg, causal=False) for _ in range(cfg.layers)])
@@ -428,13 +424,12 @@ class QueryExtractor(nn.Module):
         B, _, h, w = patches.shape
         M, N = self.queries.shape[1], h * w
         queries = self.queries.expand(B, -1, -1)  # (B, M, D)
-        patches = row_by_row(patches)  # (B, N, D)
-        patches = patches + resize_positions(self.positions, h, w)
+        patches = row_by_row(patches) + resize_positions(self.positions, h, w)  # (B, N, D)
 
         # stage 1: everything sees everything
         parts = [queries, patches]
-        if self.dino_proj is not None:
-            parts = [queries, self.dino_proj(dino_tokens), patches]
+        if dino_tokens is not None:
+            parts.insert(1, self.dino_proj(dino_tokens))
         x = torch.cat(parts, dim=1)  # (B, M + 257 + N, D)
         x = self.bidirectional(self.norm1(x))
 
@@ -487,7 +482,7 @@ class VectorQuantizer(nn.Module):
 
 class Centring(nn.Module):
     """BatchNorm1d without learned scale, over all processes: (B, T, C) -> (B, T, C) in float32.
-    Off in the released models. At first the queries of one position share most of their direction,
+    At first the queries of one position share most of their direction,
     whatever the picture: nearest codes would be constant, and the decoder ignore them.
     positions: T for statistics of each, 1 for common ones. HitaError for a batch of one."""
 
@@ -687,11 +682,10 @@ class HitaTokenizer(nn.Module):
         check_images(images, self.cfg.stride, self.patch_up.weight.dtype)
         with torch.autocast(images.device.type, enabled=False):  # whatever the caller has on
             global_z, patch_z = self.embed(images, self.dino_tokens(images))
-        _, patch_ids, _ = self.patch_quantizer(patch_z)
+        patch_ids = self.patch_quantizer(patch_z)[1]
         if global_z is None:
             return patch_ids[:, :0], patch_ids  # (B, 0)
-        _, global_ids, _ = self.global_quantizer(global_z)
-        return global_ids, patch_ids
+        return self.global_quantizer(global_z)[1], patch_ids
 
     @torch.no_grad()
     def decode(self, global_ids: Tensor, patch_ids: Tensor, grid: tuple | None = None) -> Tensor:
@@ -793,21 +787,20 @@ def adversarial_loss(fake: Tensor) -> Tensor:
 def position_rotations(num_global: int, grid: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin (M + N, head_dim / 2) by which channel pairs of q and k turn at each input.
 
-    Inputs are class, globals, patches: input p is token p - 1. Positions 0 .. M-1 do not turn, they
-    have a learned shift. M + 1 + i (patch i): 2-D RoPE, half of the pairs turn with the cell's row,
-    half with its column. At position M, the last global, cos = sin = 0: its attention is uniform
-    over 0 .. M, and its key's logit is 0 for every later query. This is an accident of the released
-    code, and the released weights need it."""
+    Inputs 0 .. M-1 do not turn, they have a learned shift. M + 1 + i (patch i): 2-D RoPE, half of
+    the pairs turn with the cell's row, half with its column. M, the last global: cos = sin = 0, its
+    attention is uniform over 0 .. M, and its key's logit is 0 for every later query. This is an
+    accident of the released code, and the released weights need it."""
     pairs = head_dim // 2
     theta = 10000.0 ** (-2 * torch.arange(pairs // 2) / pairs)  # (pairs/2,)
     angle = torch.arange(grid)[:, None] * theta  # (grid, pairs/2)
     rows, columns = angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)
     cells = torch.cat([rows, columns], dim=1)  # (N, pairs)
-    # 0 .. M-1, then M, then the patches
-    still, vanish = torch.ones(num_global, pairs), torch.zeros(1, pairs)
-    cos = torch.cat([still, vanish, cells.cos()])  # (M + 1 + N, pairs)
-    sin = torch.cat([0 * still, vanish, cells.sin()])
-    return cos[:-1], sin[:-1]  # the last patch is never an input
+    # 0 .. M do not turn; the last patch is never an input
+    angles = F.pad(cells, (0, 0, num_global + 1, -1))  # (M + N, pairs)
+    cos, sin = angles.cos(), angles.sin()
+    cos[num_global] = 0.0
+    return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1088,9 +1081,7 @@ def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor
     return global_loss, patch_loss
 
 
-# ==============================================================================
-# PART 2: WHAT THE SCRIPTS SHARE. Nothing below decides what the models compute.
-# ==============================================================================
+# ==== PART 2: WHAT THE SCRIPTS SHARE; it does not decide what the models compute ====
 
 import argparse
 import contextlib
@@ -1109,7 +1100,6 @@ import traceback
 from pathlib import Path
 
 import huggingface_hub.utils
-import safetensors.torch
 import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageOps
@@ -1117,7 +1107,7 @@ from PIL import Image, ImageOps
 
 def usage(name: str, counts: Tensor) -> dict[str, float]:
     """Counts (T, V) -> share of codes in use; bits, the mean entropy at a position: what a token
-    tells of a picture. All codes can be in use and constant at their positions: that is 0 bits."""
+    tells of a picture."""
     counts = counts.cpu().double()  # MPS has no float64
     p = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     bits = torch.special.entr(p).sum(dim=1).mean() / math.log(2)
@@ -1130,7 +1120,7 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], size: int) 
     found = (ids.dtype, *ids.shape) if isinstance(ids, Tensor) else (type(ids),)
     wanted = torch.int64, *shape
     fits = len(found) == len(wanted) and all(b in (None, a) for a, b in zip(found, wanted))
-    check(fits, f"{name} are {', '.join(map(str, found))}, not {', '.join(map(str, wanted))}")
+    check(fits, f"{name} are {found}, not {wanted}")
     wrong = ids[(ids < 0) | (ids >= size)].tolist()
     check(not wrong, f"{name} must be 0 to {size - 1}, not {wrong[:3]}")
 
@@ -1222,7 +1212,7 @@ def set_up_device(name: str | None) -> torch.device:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     except (RuntimeError, AssertionError, ValueError) as e:
         raise HitaError(f"no device {name} here ({first_line(e)}): try --device cpu") from e
@@ -1260,8 +1250,7 @@ def use_compile(asked: bool | None, preset: str, device: torch.device) -> bool:
 
 def norm_by_channel(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """norm(x) from moments of the channels, then of the groups, (B, c, H, W). Compiled for a GPU,
-    torch's own copies to another layout than that of the convolutions and back; an H200 trains
-    Hita-V 1.24 times as fast without."""
+    torch's own copies to another layout than that of the convolutions and back."""
     each = x.shape[1] // norm.num_groups
     moments = x.float().mean((2, 3)), x.float().square().mean((2, 3))  # (B, c) both
     of_groups = (m.unflatten(1, (-1, each)).mean(2, keepdim=True) for m in moments)
@@ -1436,7 +1425,7 @@ def integers(text: str) -> tuple[int, ...]:
 def override(settings, args: argparse.Namespace):
     """A copy of the settings with the flags that were given."""
     given = {name: value for name, value in vars(args).items() if hasattr(settings, name)}
-    return check_numbers(dataclasses.replace(settings, **given))
+    return check_numbers(replace(settings, **given))
 
 
 # ---- Pictures ----------------------------------------------------------------
@@ -1512,15 +1501,11 @@ def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None =
     side = size if rng is None else rng.integers(size, math.ceil(size / crop_range) + 1)
     while min(image.size) >= 2 * side:  # halving first avoids aliasing
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = side / min(image.size)
-    shape = round(image.width * scale), round(image.height * scale)
-    image = image.resize(shape, Image.Resampling.BICUBIC)
-    spare = shape[0] - size, shape[1] - size
-    x, y = spare[0] // 2, spare[1] // 2
-    if rng is not None:
-        x, y = int(rng.integers(spare[0] + 1)), int(rng.integers(spare[1] + 1))
-    pixels = torch.from_numpy(np.array(image.crop((x, y, x + size, y + size))))  # (size, size, 3)
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+    image = ImageOps.scale(image, side / min(image.size), Image.Resampling.BICUBIC)
+    spare = image.width - size, image.height - size
+    x, y = (n // 2 if rng is None else int(rng.integers(n + 1)) for n in spare)
+    image = image.crop((x, y, x + size, y + size))
+    return TF.pil_to_tensor(image).float() / 127.5 - 1  # (3, size, size)
 
 
 def load_picture(picture, size: int) -> Tensor:
@@ -1557,9 +1542,9 @@ class Pictures(torch.utils.data.Dataset):
         check(folder.is_dir(), f"no folder {folder}: put pictures in {folder}/<class>/")
         self.classes = [name for name, path, is_folder in data_entries(folder)
                         if is_folder and next(picture_files(path), None)]
-        folders = [(self.root / name, label) for label, name in enumerate(self.classes)]
-        self.samples = [(path, label) for folder, label in folders if folder.is_dir()
-                        for path in picture_files(folder)]
+        self.samples = [(path, label) for label, name in enumerate(self.classes)
+                        if (self.root / name).is_dir()
+                        for path in picture_files(self.root / name)]
         check(len(self) > 0, f"no pictures in {self.root}/<class>/, classes of {folder}")
         others = [name for name, *_ in data_entries(self.root) if name not in self.classes]
         if others:
@@ -1698,7 +1683,7 @@ class Log:
             value = torch.as_tensor(value, dtype=torch.float32).detach()
             key = name, value.dim() == 2  # a loss may have the name of a kind of ids
             total, times = self.values.get(key, (0, 0))
-            self.values[key] = total + (value if key[1] else value.mean()), times + 1
+            self.values[key] = total + value, times + 1
 
     def write(self, step: int, batch_size: int) -> None:
         """A line of what was added since the last one, and of the speed."""
@@ -1716,7 +1701,7 @@ class Log:
             text = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
             print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}", flush=True)
             with open(self.path, "a") as f:
-                f.write(json.dumps({"step": step, **figures} | {"step": step}) + "\n")
+                f.write(json.dumps({"step": step, **figures}) + "\n")
         self.values, self.last, self.since = {}, step, time.time()
 
 
@@ -1983,18 +1968,12 @@ def released_file(name: str, kind: str) -> str:
 
 
 RELEASED_TOKENIZER = {  # part of their name -> part of ours; order matters
-    "encode_transformer.carrier_tokens": "extractor.queries",
-    "encode_transformer.pos_embed": "extractor.positions",
-    "encode_transformer.proj.mlp": "extractor.dino_proj",
-    "encode_transformer.norm_pre": "extractor.norm",
-    "encode_transformer.transformer1.layers": "extractor.bidirectional",
-    "encode_transformer.transformer2.layers": "extractor.causal",
-    "decode_transformer.slot_position_embedding": "fusion.global_positions",
-    "decode_transformer.position_embedding": "fusion.positions",
-    "decode_transformer.transformer.layers": "fusion.layers",
-    "decode_transformer.mask_embedding": "fusion.mask_token",
-    "decode_transformer.norm_vfm": "fusion.vfm_norm",
-    "decode_transformer.norm": "fusion.norm", "decode_transformer.proj": "fusion.vfm_proj",
+    "encode_transformer": "extractor", "decode_transformer": "fusion",
+    "carrier_tokens": "queries", "pos_embed": "positions", "proj.mlp": "dino_proj",
+    "norm_pre": "norm", "transformer1.layers": "bidirectional", "transformer2.layers": "causal",
+    "slot_position_embedding": "global_positions", "position_embedding": "positions",
+    "transformer.layers": "layers", "mask_embedding": "mask_token",
+    "norm_vfm": "vfm_norm", "fusion.proj": "fusion.vfm_proj",
     "slot_quantize.embedding.weight": "global_quantizer.codebook",
     "quantize.embedding.weight": "patch_quantizer.codebook",
     "pre_slots_quant": "global_down", "post_slots_quant": "global_up",
@@ -2022,8 +2001,8 @@ def from_released(weights: dict[str, Tensor]) -> dict:
             continue
         for theirs, our in names.items():
             key = key.replace(theirs, our)
-        is_linear = key in ("patch_down.weight", "patch_up.weight")  # there 1x1 convolutions
-        ours[key] = tensor[..., 0, 0] if is_linear and tensor.dim() == 4 else tensor
+        was_conv = key in ("patch_down.weight", "patch_up.weight")  # of 1x1
+        ours[key] = tensor.flatten(1) if was_conv else tensor
     if is_llama:
         output = ours.pop("output.weight")  # (2V, dim), both heads
         ours["global_head.weight"], ours["patch_head.weight"] = output.chunk(2)

@@ -122,7 +122,7 @@ def main():
             level.forward = partial(checkpoint, level.forward, use_reentrant=False)
     if hita.use_compile(args.compile, made_from["preset"], device):
         compile_parts(tokenizer, discriminator, perceptual)
-    model, judge = hita.distribute(tokenizer), hita.distribute(discriminator)
+    model, critic = hita.distribute(tokenizer), hita.distribute(discriminator)
     tokenizer.train()
 
     # ---- the loop; random numbers and data follow from (seed, step)
@@ -162,7 +162,7 @@ def main():
             discriminator.requires_grad_(True)
             with hita.autocast(device):
                 # two passes: each has batch statistics of its own
-                real, fake = judge(images), judge(result.recon.detach())
+                real, fake = critic(images), critic(result.recon.detach())
                 loss = hita.discriminator_loss(real, fake)
             optimizer_d.zero_grad()
             (recipe.gan_weight * loss).backward()
@@ -184,7 +184,7 @@ def main():
 
 
 def generator_losses(images: Tensor, result: hita.TokenizerOutput, recipe: Training,
-                     perceptual: nn.Module | None, judge: nn.Module | None) -> dict[str, Tensor]:
+                     perceptual: nn.Module | None, critic: nn.Module | None) -> dict[str, Tensor]:
     """The terms that the generator minimises, weighted; those that are off are left out."""
     rec = hita.reconstruction_loss(images, result.recon)
     losses = {"rec": rec, "codebook": result.codebook_loss}
@@ -192,8 +192,8 @@ def generator_losses(images: Tensor, result: hita.TokenizerOutput, recipe: Train
         losses["feature"] = result.feature_loss
     if perceptual is not None:
         losses["lpips"] = recipe.lpips_weight * perceptual(images, result.recon)
-    if judge is not None:
-        losses["adv"] = recipe.gan_weight * hita.adversarial_loss(judge(result.recon))
+    if critic is not None:
+        losses["adv"] = recipe.gan_weight * hita.adversarial_loss(critic(result.recon))
     return losses
 
 
@@ -259,13 +259,13 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
         with hita.autocast(device):
             recon = tokenizer.decode(global_ids, patch_ids)
             mixed = None if others is None else tokenizer.decode(others[these], patch_ids)
-        images, recon = judged(images), judged(recon)
+        images, recon = as_compared(images), as_compared(recon)
         totals[0] += len(images)
         totals[1] += hita.psnr(images, recon).sum()
         if perceptual is not None:
             totals[2] += perceptual(images, recon) * len(images)
         if mixed is not None:
-            totals[3] += hita.psnr(images, judged(mixed)).sum()
+            totals[3] += hita.psnr(images, as_compared(mixed)).sum()
         for array, pictures in zip(arrays, (images, recon)):
             array[these] = hita.to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()
 
@@ -286,7 +286,7 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
     return figures
 
 
-def judged(images: Tensor) -> Tensor:
+def as_compared(images: Tensor) -> Tensor:
     """Pictures as they are compared: 8 bits, and those of 336 px shrunk to 256 like PIL does."""
     if images.shape[-1] != 336:
         return images.float().clamp(-1, 1)

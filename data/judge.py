@@ -59,18 +59,18 @@ def score(images: Tensor, class_ids: Tensor, recon: Tensor | None = None) -> dic
     """Figures of images (B, 3, 64, 64) in [-1, 1] that should show class_ids (B,).
 
     top1, top5: share whose class is the judge's first guess, among its first five. fd: Fréchet
-    distance of its features to those of training pictures, as many of each class; fd_colours: of
-    mean colours, of all and of 3 x 3 parts, and deviations. inception_score: exp of the mean
-    KL(p(class | image) || p(class)). copies: share nearer to a training picture than 95 % of recon,
-    else of the validation pictures, are. spread: mean distance of two images of a class, over that
-    of training pictures. HitaError for other shapes or ids."""
-    hita.check_images(images, 64, torch.float32)
+    distance of its features to those of as many training pictures of each class, fd_colours: of
+    mean colours, of all and of 3 x 3 parts, and deviations; both fall as B rises, so compare equal
+    numbers. inception_score: exp of the mean KL(p(class | image) || p(class)). copies: share nearer
+    to a training picture or its mirror image than 95 % of recon (or of the validation pictures).
+    spread: mean distance of two images of a class, 1 as in training. HitaError for other shapes."""
+    hita.check(images.shape[1:] == (3, 64, 64), f"images are {images.shape}, not (B, 3, 64, 64)")
+    images = images.clamp(-1, 1)
     hita.check_ids("class_ids", class_ids, (len(images),), 50)
     known, known_ids, _ = real("train")
-    some = []  # as many training pictures
-    for c, count in enumerate(class_ids.bincount(minlength=50)):
-        of_class = (known_ids == c).nonzero()[:, 0]
-        some += of_class[torch.linspace(0, len(of_class) - 1, count).round().long()]
+    places = [(known_ids == c).nonzero()[:, 0] for c in range(50)]
+    some = torch.cat([p[torch.linspace(0, len(p) - 1, n).round().long()]
+                      for p, n in zip(places, class_ids.bincount(minlength=50).tolist())])
     like, like_ids = known[some], known_ids[some]
 
     features = lambda x: torch.cat([load()[:-1](grey(few)) for few in x.split(100)])  # (B, 112)
@@ -80,7 +80,8 @@ def score(images: Tensor, class_ids: Tensor, recon: Tensor | None = None) -> dic
     hits = log_p.topk(5).indices == class_ids[:, None]  # (B, 5)
     gain = (log_p.exp() * (log_p - log_p.exp().mean(dim=0).log())).sum(dim=1)  # (B,)
     small = lambda x: F.normalize(F.adaptive_avg_pool2d(grey(x), 16).flatten(1), dim=1)  # (B, 256)
-    nearest = lambda x: (small(x) @ small(known).T).amax(dim=1)  # correlations, as of spread
+    both = torch.cat([small(known), small(known.flip(-1))])  # training mirrors the pictures, too
+    nearest = lambda x: (small(x) @ both.T).amax(dim=1)  # the largest correlation, (B,)
     limit = nearest(real("val")[0] if recon is None else recon).quantile(0.95)
     spread = lambda x, ids: (1 - small(x) @ small(x).T)[(ids[:, None] == ids).triu(1)].mean()
     figures = {"top1": hits[:, 0].float().mean(), "top5": hits.any(dim=1).float().mean(),
@@ -120,7 +121,7 @@ def train(seed: int, steps: int = 2000) -> None:
 def main() -> None:
     parser = hita.Parser(__doc__)
     add = partial(parser.add_argument, metavar="X")
-    add("out", nargs="?", default="out", help="run directory [out]")
+    add("out", nargs="?", default="out", metavar="OUT", help="run directory [out]")
     add("--tokenizer", help="[the one that the Llama goes with]")
     add("--llama", help="[llama.pt in OUT or, where nothing was trained, prints]")
     add("--cfg-scale", type=float, help="guidance [2; prints: 4]")
@@ -129,13 +130,14 @@ def main() -> None:
     add("--seed", type=int, default=0, help="of the samples, or of --train [0]")
     parser.add_argument("--train", action="store_true", help="train the judge anew")
     args = parser.parse_args()
-    hita.check_range(1, 1000, num=args.num)
+    hita.check_range(2, 100, num=args.num)
     if args.train:
         return train(args.seed)
     own = Path(args.out, "llama.pt")
     path = args.llama or ("prints" if args.out == "out" and not own.exists() else str(own))
     llama, beside = hita.load_llama(path), Path(path).with_name("tokenizer.pt")
     found, tokenizer = hita.find_tokenizer(llama.made_from, args.tokenizer, beside)
+    hita.add_dino(tokenizer, tokenizer.made_from.get("dino_file"))
     settings = (sample.PRINTS if path == "prints" else sample.OTHERS) | {"seed": args.seed}
     settings |= {name: x for name, x in vars(args).items() if name in settings and x is not None}
     images, class_ids, classes = real("val")
@@ -144,16 +146,14 @@ def main() -> None:
     recon = sample.decode(tokenizer, *tokenizer.encode(images))
     drawn = torch.cat([sample.decode(tokenizer, *llama.generate(ids, **settings))
                        for ids in tqdm(asked.split(10 * args.num), "ten classes a step")])
-    judged = (images, class_ids), (recon, class_ids), (drawn, asked)
-    columns = [score(x, ids, recon) for x, ids in judged]
+    columns = [score(*x, recon) for x in ((images, class_ids), (recon, class_ids), (drawn, asked))]
     print(f"{path} with {found}, {settings}\n{'':15}{'validation':>16}{'reconstructed':>19}"
           f"{'samples':>19}{'by chance':>15}")
     for name in columns[0]:
-        by_chance = {"top1": 0.02, "top5": 0.1, "copies": 0.05}.get(name, "")  # of the shares
-        error = lambda p, n: f"± {(p * (1 - p) / n) ** 0.5:.3f}" if by_chance else ""
-        cells = [f"{figures[name]:11.3f} {error(figures[name], n):7}"
-                 for figures, n in zip(columns, (len(images), len(images), len(asked)))]
-        print(f"{name:15}", *cells, f"{by_chance:>12}", sep="")
+        line, by_chance = f"{name:15}", {"top1": 0.02, "top5": 0.1, "copies": 0.05}.get(name, "")
+        for p, n in zip((x[name] for x in columns), (365, 365, len(asked))):
+            line += f"{p:11.3f} " + (f"± {(p * (1 - p) / n) ** 0.5:.3f}" if by_chance else " " * 7)
+        print(f"{line}{by_chance:>12}")
 
 
 if __name__ == "__main__":
