@@ -482,7 +482,7 @@ class VectorQuantizer(nn.Module):
 
 class Centring(nn.Module):
     """BatchNorm1d without learned scale, over all processes: (B, T, C) -> (B, T, C) in float32.
-    At first the queries of one position share most of their direction,
+    Off in the released models. At first the queries of one position share most of their direction,
     whatever the picture: nearest codes would be constant, and the decoder ignore them.
     positions: T for statistics of each, 1 for common ones. HitaError for a batch of one."""
 
@@ -796,10 +796,10 @@ def position_rotations(num_global: int, grid: int, head_dim: int) -> tuple[Tenso
     angle = torch.arange(grid)[:, None] * theta  # (grid, pairs/2)
     rows, columns = angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)
     cells = torch.cat([rows, columns], dim=1)  # (N, pairs)
-    # 0 .. M do not turn; the last patch is never an input
+    # angles of 0 for 0 .. M in front; the last patch, which is never an input, is cut off
     angles = F.pad(cells, (0, 0, num_global + 1, -1))  # (M + N, pairs)
     cos, sin = angles.cos(), angles.sin()
-    cos[num_global] = 0.0
+    cos[num_global] = 0.0  # the accident
     return cos, sin
 
 
@@ -1459,7 +1459,7 @@ def data_entries(folder: str | Path) -> list[tuple[str, str, bool]]:
 
 
 def picture_files(folder: str | Path):
-    """The picture files below a folder; of links those to files, since others may be circles."""
+    """The picture files below a folder. Links to files count, those to folders may be circles."""
     for _, path, is_folder in data_entries(folder):
         if is_folder and not os.path.islink(path):
             yield from picture_files(path)
@@ -1683,7 +1683,7 @@ class Log:
             value = torch.as_tensor(value, dtype=torch.float32).detach()
             key = name, value.dim() == 2  # a loss may have the name of a kind of ids
             total, times = self.values.get(key, (0, 0))
-            self.values[key] = total + value, times + 1
+            self.values[key] = total + (value if key[1] else value.mean()), times + 1
 
     def write(self, step: int, batch_size: int) -> None:
         """A line of what was added since the last one, and of the speed."""
@@ -1701,7 +1701,7 @@ class Log:
             text = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
             print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}", flush=True)
             with open(self.path, "a") as f:
-                f.write(json.dumps({"step": step, **figures}) + "\n")
+                f.write(json.dumps({"step": step, **figures} | {"step": step}) + "\n")
         self.values, self.last, self.since = {}, step, time.time()
 
 

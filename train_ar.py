@@ -224,7 +224,8 @@ def to_device(rows: np.ndarray, device: torch.device) -> Tensor:
     """Rows of the cache -> int64 with the class first."""
     tensor = torch.from_numpy(rows.astype(np.int64))
     tensor[:, 0] -= 1  # 0 was "not encoded"
-    return tensor.to(device)
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor  # or the copy would wait
+    return tensor.to(device, non_blocking=True)
 
 
 def split(rows: Tensor, M: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,8 +264,7 @@ def evaluate(ema: hita.Llama, tokens: np.ndarray, device: torch.device,
         logits = ema(class_ids, global_ids, patch_ids)
         global_loss, patch_loss = hita.llama_losses(*logits, global_ids, patch_ids)
         total += len(rows) * torch.stack([global_loss, patch_loss, torch.ones_like(patch_loss)])
-    hita.all_sum(total)
-    global_loss, patch_loss, _ = (total / total[2]).tolist()
+    global_loss, patch_loss, _ = (hita.all_sum(total) / total[2]).tolist()
     cfg, M, N = ema.cfg, ema.cfg.num_global, ema.cfg.grid ** 2
     guess = M * math.log(cfg.global_codebook_size) + N * math.log(cfg.patch_codebook_size)
     figures = {"global": global_loss} if M else {}

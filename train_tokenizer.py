@@ -154,6 +154,7 @@ def main():
         loss.backward()
         grad_norm = hita.optimizer_step(optimizer, tokenizer, recipe.clip)
         hita.update_ema(ema, tokenizer, recipe.ema)
+        hita.check(not losses.keys() & {"loss", "grad"}, "rename it: the log has a loss and a grad")
         log.add({"loss": loss, **losses, "grad": grad_norm})
         log.add(id_counts(result.global_ids, result.patch_ids, cfg))
 
