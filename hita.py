@@ -1,9 +1,8 @@
 """Hita, the holistic tokenizer for autoregressive image generation, in one file.
 
-ICCV 2025, arXiv 2507.02358. Most image tokenizers cut a picture into patches and give each patch a
-code. Hita adds M *global* (holistic) tokens that describe the picture as a whole, and puts them
-first. The decoder reads one state per patch, each taken k positions early: none sees the code of
-its own patch, and each must rely on the globals:
+ICCV 2025, arXiv 2507.02358. Most image tokenizers give a picture one code per patch. Hita adds M
+*global* (holistic) tokens that describe it as a whole, and puts them first. The decoder reads a
+state per patch, taken k positions early: none sees its own patch, all must rely on the globals:
 
     image (B, 3, H, W)
       Encoder                 conv VQGAN, stride f                      -> (B, D, h, w), N = h*w
@@ -16,9 +15,6 @@ its own patch, and each must rely on the globals:
       Decoder                 conv VQGAN                                -> (B, 3, H, W)
 
     class -> Llama -> M global ids -> N patch ids -> Fusion, Decoder -> a new picture
-
-Part 1 is Hita, in the order of the data: all that decides what the models compute. Part 2, below
-the banner, is what the scripts share: processes, flags, pictures, logs, checkpoints, files.
 
 Letters in shape comments: B batch, H W pixels, h w patch grid, N = h*w patch tokens, M global
 tokens, D latent width, C code width (12 global, 8 patch), V size of a codebook, T sequence length,
@@ -52,7 +48,7 @@ def check(condition: bool, message: str) -> None:
         raise HitaError(message)
 
 
-# ==== PART 1: HITA ============================================================
+# ==== PART 1: HITA, in the order of the data; all that decides what the models compute ====
 #
 # ---- Settings: each field becomes a flag of the scripts, its comment the help --
 
@@ -151,8 +147,8 @@ LLAMA_SIZES = {  # the paper's names, its nominal sizes and the true ones
 # ---- Convolutional encoder and decoder (VQGAN, Esser et al. 2021) ------------
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """As released: 32 groups from 128 channels on, of at least 4 each. One in thinner layers: norms
-    remove what a group shares, with groups of 4 the hue, and the demo learned it later."""
+    """As released from 128 channels on: up to 32 groups of at least 4. Below, a single one: a norm
+    removes what a group shares, and with groups of 4 the demo learned hues late."""
     groups = math.gcd(32, channels // 4) if channels >= 128 else 1
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
@@ -277,8 +273,8 @@ class Decoder(nn.Module):
 
 class DINOv2(nn.Module):
     """Frozen ViT. Images (B, 3, H, W) in [-1, 1] -> normalised cls and patch tokens (B, 257, dim).
-    name: a timm model. file: its weights, the original .pth or timm's own; without it they are
-    the Hub's, with pretrained=False random ones. HitaError if they cannot be had."""
+    name: a timm model. file: its weights, the original .pth or timm's; without it the Hub's, or
+    with pretrained=False random ones. HitaError if they cannot be had."""
     SIZE = 224  # the ViT always sees 224 px: 16 x 16 patches of 14 px
 
     def __init__(self, name: str = TokenizerConfig.dino, file: str | Path | None = None,
@@ -330,8 +326,8 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 class Attention(nn.Module):
     """Multi-head attention, bidirectional or causal. (B, T, D) -> (B, T, D)
-    Bidirectional: no bias on q, k, v, dropout on the output. Causal: biases, dropout on the
-    attention probabilities. There is no reason for it: the released model joins two code bases."""
+    Bidirectional: no biases on q, k, v, dropout on the output. Causal: biases, dropout on the
+    probabilities. The only reason is that the released model joins two code bases."""
 
     def __init__(self, dim: int, heads: int, causal: bool, dropout: float):
         super().__init__()
@@ -405,7 +401,7 @@ class QueryExtractor(nn.Module):
 
     Stage 1 is bidirectional: the queries must summarise the picture, so they look at everything.
     Stage 2 is causal over [queries; patches]: a query sees only those before it, as the Llama will
-    when it predicts them; patches see all. Patches have learned positions, a query is its own."""
+    when it predicts them. Patches have learned positions, a query is its own."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -466,8 +462,8 @@ class VectorQuantizer(nn.Module):
             ids = (z @ codebook.T).argmax(dim=-1)  # (B, T)
             codes = codebook[ids]  # (B, T, C)
 
-            # the first term pulls the codes to the encoder's outputs; the second, the commitment
-            # with its weight beta, keeps the encoder's outputs near their codes
+            # the first term moves the codes to the encoder's outputs; the second, the commitment,
+            # keeps these near their codes
             loss = F.mse_loss(codes, z.detach()) + self.beta * F.mse_loss(z, codes.detach())
 
             # straight through: the values of the codes with the gradient of z
@@ -482,8 +478,8 @@ class VectorQuantizer(nn.Module):
 
 class Centring(nn.Module):
     """BatchNorm1d without learned scale, over all processes: (B, T, C) -> (B, T, C) in float32.
-    Off in the released models. At first the queries of one position share most of their direction,
-    whatever the picture: nearest codes would be constant, and the decoder ignore them.
+    Off in the released models. At first a query has much the same direction in all pictures: its
+    nearest code would be constant, and the decoder ignore it.
     positions: T for statistics of each, 1 for common ones. HitaError for a batch of one."""
 
     def __init__(self, positions: int, dim: int):
@@ -550,16 +546,15 @@ def count_ids(ids: Tensor, size: int) -> Tensor:
 class Fusion(nn.Module):
     """Globals (B, M, D), patches (B, N, D), both quantized -> a state for each cell, (B, N, D).
 
-    A causal transformer reads [global; patch]. Cell i is not the state of its own patch, at
-    position M + i, but the one k positions earlier, at M - k + i:
+    Causal layers read [global; patch]. Cell i is the state at M - k + i, k before its own patch:
 
         position   0 ... M-k  ...  M-1 | M   M+1 ... M+N-1-k | M+N-k ... M+N-1
         token      globals             | patches 0, 1, ...   | last k patches: read by no cell
         cell             0    ...  k-1 | k   k+1 ... N-1     | -
 
-    So the first k states come from globals alone (cell k-1 is the first to see all M), later ones
-    from all globals and the patches up to i - k. With k > 0 none sees its own patch: the globals
-    must help. The last k patches reach no cell; the Llama predicts them all the same."""
+    So the first k cells see globals alone (cell k-1 is the first to see all M), later ones all
+    globals and the patches up to i - k. With k > 0 none sees its own patch: the globals must help.
+    The last k patches reach no cell; the Llama predicts them all the same."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -591,7 +586,7 @@ class Fusion(nn.Module):
     def reconstruct_features(self, globals_: Tensor, side: int) -> Tensor:
         """Hita-U: global codes (B, M, D) -> DINOv2 patch features (B, side^2, dino_dim).
         The same layers read [global; mask tokens]. Globals are causal among themselves and blind
-        to the mask tokens, which see everything; as released, they have no positions here."""
+        to the mask tokens, which see everything; as released, globals have no positions here."""
         B, M, _ = globals_.shape
         positions = resize_positions(self.positions, side, side)  # (1, side^2, D)
         masks = (self.mask_token + positions).expand(B, -1, -1)  # (B, side^2, D)
@@ -619,7 +614,7 @@ class TokenizerOutput:
 
 class HitaTokenizer(nn.Module):
     """Images <-> M global and N patch token ids. With num_global = 0 it is a plain VQGAN.
-    Where the configuration names a DINOv2, encoding needs it: `attach_dino`. Decoding does not."""
+    Encoding needs the DINOv2 that the configuration names, if any: `attach_dino`."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -634,7 +629,7 @@ class HitaTokenizer(nn.Module):
         self.patch_centring = centring(1, cfg.patch_code_dim)
         self.patch_quantizer = quantizer(cfg.patch_codebook_size, cfg.patch_code_dim)
         self.patch_up = nn.Linear(cfg.patch_code_dim, D)
-        # without global tokens a plain VQGAN remains, without any transformer
+        # without global tokens there is no transformer
         if M:
             self.extractor = QueryExtractor(cfg)
             self.global_down = nn.Linear(D, cfg.global_code_dim)
@@ -731,8 +726,8 @@ def reconstruction_loss(images: Tensor, recon: Tensor) -> Tensor:
 
 
 class PerceptualLoss(nn.Module):
-    """LPIPS (Zhang et al. 2018) on VGG-16, frozen: images, recon (B, 3, H, W) -> scalar. HitaError
-    if the VGG weights cannot be had."""
+    """LPIPS (Zhang et al. 2018) on VGG-16, frozen: images, recon (B, 3, H, W) -> scalar.
+    HitaError if the VGG weights cannot be had."""
 
     def __init__(self, pretrained: bool = True):
         super().__init__()
@@ -825,17 +820,9 @@ class LlamaBlock(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor, cos: Tensor, sin: Tensor, index: Tensor,
                 cache: tuple[Tensor, Tensor] | None, visible: Tensor | None) -> Tensor:
-        """All but x: see attend."""
-        x = x + self.dropout(self.attend(self.norm1(x), shift, cos, sin, index, cache, visible))
-        y = self.norm2(x)
-        y = F.silu(self.w1(y)) * self.w3(y)  # (B, T, hidden)
-        return x + self.dropout(self.w2(y))
-
-    def attend(self, x: Tensor, shift: Tensor, cos: Tensor, sin: Tensor, index: Tensor,
-               cache: tuple[Tensor, Tensor] | None, visible: Tensor | None) -> Tensor:
-        """Attention of inputs at positions (T,); with a cache also to what `visible` shows of it.
-        shift (T, dim) and cos, sin (T, d/2) say where an input stands; visible is (T, M + N)."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, T, dim) each
+        """x: inputs at positions `index` (T,); shift (T, dim) and cos, sin (T, d/2) are those of
+        these positions. With a cache x attends to what `visible` (T, M + N) shows of it."""
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)  # (B, T, dim) each
 
         # Positions act on queries and keys only, never on the residual stream, and anew in every
         # block: a learned shift for inputs 0 .. M-1, a rotation for the patches.
@@ -855,15 +842,21 @@ class LlamaBlock(nn.Module):
             k, v = keys, values
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=cache is None, scale=d ** -0.5)
-        return self.out(y[..., :d].transpose(1, 2).flatten(2))  # (B, T, dim)
+        y = self.out(y[..., :d].transpose(1, 2).flatten(2))  # (B, T, dim)
+        x = x + self.dropout(y)
+
+        # the feed-forward net, a SwiGLU
+        y = self.norm2(x)
+        y = F.silu(self.w1(y)) * self.w3(y)  # (B, T, hidden)
+        return x + self.dropout(self.w2(y))
 
 
 class Llama(nn.Module):
     """Predicts the M global ids, then the N patch ids of a class. With M = 0: a plain LlamaGen.
 
     Inputs are class, global_0 .. global_M-1, patch_0 .. patch_N-2; position p predicts token p of
-    global_0 .. patch_N-1. Each kind of token has its own embedding table and head. One that was
-    loaded has the names of its classes in `classes`."""
+    global_0 .. patch_N-1. Each kind of token has its own embedding table and head. A loaded model
+    names its `classes`."""
 
     def __init__(self, cfg: LlamaConfig):
         super().__init__()
@@ -883,16 +876,10 @@ class Llama(nn.Module):
         cos, sin = position_rotations(M, cfg.grid, dim // cfg.heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        for m in self.modules():
+        for name, m in self.named_modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(m.weight, std=0.02)
-        # heads of zero: at first all ids are equally likely
-        for head in self.heads():
-            nn.init.zeros_(head.weight)
-
-    def heads(self) -> list[nn.Linear]:
-        """The output layers: global (if there are global tokens) and patch."""
-        return [self.global_head, self.patch_head] if self.cfg.num_global else [self.patch_head]
+                # heads of zero: at first all ids are equally likely
+                nn.init.normal_(m.weight, std=0.0 if name.endswith("_head") else 0.02)
 
     def embed(self, class_ids: Tensor, global_ids: Tensor, patch_ids: Tensor) -> Tensor:
         """Class ids (B,), ids (B, m) and (B, n) -> embeddings (B, 1 + m + n, dim)."""
@@ -938,8 +925,8 @@ class Llama(nn.Module):
         cfg_scale: strength of classifier-free guidance (Ho & Salimans 2022), 1 is without.
         temperature, top_k, top_p: see filter_logits; top_k=1 is greedy. given (B, P): the first P
         ids. random (B, M + N): see random_numbers, which makes them of the seed. released_sampling:
-        embed the last global token with the patch table, as the released sampling code does by
-        mistake, for codebooks of one size. HitaError for what is out of range."""
+        the last global token is embedded with the patch table, a mistake of the released code.
+        HitaError for what is out of range."""
         M, total = self.cfg.num_global, self.cfg.num_global + self.cfg.grid ** 2
         check_range(0, 10**6, cfg_scale=cfg_scale, temperature=temperature)
         check_range(0, 1, top_p=top_p)
@@ -956,13 +943,13 @@ class Llama(nn.Module):
         caches = self.empty_caches(len(labels), self.norm.weight.dtype, self.norm.weight.device)
 
         # The class and all ids that are given are read at once, then one id at a time.
-        num_by_global_table = max(0, M - 1) if released_sampling else M
-        x = self.embed(labels, known[:, :num_by_global_table], known[:, num_by_global_table:])
+        num_as_global = max(0, M - 1) if released_sampling else M
+        x = self.embed(labels, known[:, :num_as_global], known[:, num_as_global:])
         index = torch.arange(x.shape[1], device=x.device)  # (1 + P,)
         for p in tqdm(range(ids.shape[1], total), "tokens", disable=not progress, leave=False):
             token, x = self.step(x, index, caches, random[:, p, None], cfg_scale,
                                  (temperature, top_k, top_p), is_global=p < M,
-                                 embed_as_global=p < num_by_global_table)
+                                 embed_as_global=p < num_as_global)
             ids = torch.cat([ids, token], dim=1)  # (B, p + 1)
             x, index = x.clone(), index[-1:] + 1  # the next step may reuse the memory of x
         return ids[:, :M], ids[:, M:]
@@ -1004,8 +991,7 @@ class Llama(nn.Module):
              cfg_scale: float, filters: tuple, is_global: bool,
              embed_as_global: bool) -> tuple[Tensor, Tensor]:
         """Inputs (B or 2B, T, dim) at positions (T,) -> next token (B, 1), and as input embedded.
-        All that changes from step to step is tensors, but for the kind of token: it can be
-        compiled as a whole, once for each kind."""
+        From step to step only tensors and the kind of token change: it compiles once a kind."""
         # an input sees itself and those before
         length = caches[0][0].shape[2]  # M + N
         visible = torch.arange(length, device=x.device) <= index[:, None]  # (T, M + N)
@@ -1081,7 +1067,7 @@ def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor
     return global_loss, patch_loss
 
 
-# ==== PART 2: WHAT THE SCRIPTS SHARE; it does not decide what the models compute ====
+# ==== PART 2: WHAT THE SCRIPTS SHARE: processes, flags, pictures, logs, checkpoints ====
 
 import argparse
 import contextlib
@@ -1106,8 +1092,7 @@ from PIL import Image, ImageOps
 
 
 def usage(name: str, counts: Tensor) -> dict[str, float]:
-    """Counts (T, V) -> share of codes in use; bits, the mean entropy at a position: what a token
-    tells of a picture."""
+    """Counts (T, V) -> share of codes in use; bits, the mean entropy of an id at a position."""
     counts = counts.cpu().double()  # MPS has no float64
     p = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     bits = torch.special.entr(p).sum(dim=1).mean() / math.log(2)
@@ -1451,20 +1436,19 @@ PICTURES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif
 NOT_DATA = {"__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin"}
 
 
-def data_entries(folder: str | Path) -> list[tuple[str, str, bool]]:
-    """Name, path, whether a folder, of what is in a folder, but for hidden and foreign things."""
+def data_entries(folder: str | Path) -> list[os.DirEntry]:
+    """What is in a folder, sorted by name, but for hidden and foreign things."""
     entries = [x for x in os.scandir(folder) if x.name[0] != "." and x.name.lower() not in NOT_DATA]
-    return sorted((x.name, x.path, os.path.isdir(x) if x.is_symlink() else x.is_dir())
-                  for x in entries)  # the disk is asked for links only, not for a million files
+    return sorted(entries, key=lambda x: x.name)
 
 
-def picture_files(folder: str | Path):
+def picture_files(folder: str | Path | os.DirEntry):
     """The picture files below a folder. Links to files count, those to folders may be circles."""
-    for _, path, is_folder in data_entries(folder):
-        if is_folder and not os.path.islink(path):
-            yield from picture_files(path)
-        elif not is_folder and path.lower().endswith(PICTURES):
-            yield path
+    for entry in data_entries(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from picture_files(entry)
+        elif entry.name.lower().endswith(PICTURES):
+            yield entry.path
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -1540,13 +1524,13 @@ class Pictures(torch.utils.data.Dataset):
         self.size, self.augment, self.crop_range, self.seed = size, augment, crop_range, seed
         folder = Path(root) / "train"
         check(folder.is_dir(), f"no folder {folder}: put pictures in {folder}/<class>/")
-        self.classes = [name for name, path, is_folder in data_entries(folder)
-                        if is_folder and next(picture_files(path), None)]
+        self.classes = [entry.name for entry in data_entries(folder)
+                        if entry.is_dir() and next(picture_files(entry), None)]
         self.samples = [(path, label) for label, name in enumerate(self.classes)
                         if (self.root / name).is_dir()
                         for path in picture_files(self.root / name)]
         check(len(self) > 0, f"no pictures in {self.root}/<class>/, classes of {folder}")
-        others = [name for name, *_ in data_entries(self.root) if name not in self.classes]
+        others = [x.name for x in data_entries(self.root) if x.name not in self.classes]
         if others:
             say(f"left out in {self.root}, no classes of {folder}: {', '.join(others[:5])}")
 

@@ -91,10 +91,14 @@ def tiny(**changes) -> hita.HitaTokenizer:
     return hita.HitaTokenizer(dataclasses.replace(TINY, **changes)).eval()
 
 
+def heads(llama: hita.Llama) -> list[nn.Module]:
+    return [module for name, module in llama.named_modules() if name.endswith("_head")]
+
+
 def tiny_llama(**changes) -> hita.Llama:
     """With weights in its heads, so that the logits say something."""
     llama = hita.Llama(dataclasses.replace(TINY_LLAMA, **changes)).eval()
-    for head in llama.heads():
+    for head in heads(llama):
         nn.init.normal_(head.weight)
     return llama
 
@@ -550,7 +554,7 @@ def test_losses_have_their_values_and_the_perceptual_one_a_gradient():
 def logits_of_steps(llama: hita.Llama, *args, **how) -> tuple:
     """generate(*args, **how) -> the logits of all its steps (B, M + N, V), ids (B, M + N)."""
     seen = []
-    for head in llama.heads():
+    for head in heads(llama):
         head.register_forward_hook(lambda module, args, out: seen.append(out))
     found = torch.cat(llama.generate(*args, **how), dim=1)
     return torch.stack(seen, dim=1).float(), found

@@ -2,21 +2,18 @@
 
     python train_tokenizer.py                                  the demo, minutes on a laptop
     torchrun --nproc_per_node 8 train_tokenizer.py --preset hita-v --data imagenet
-    python train_tokenizer.py --k 0 --out out-k0               an ablation: no k-replacement
     python train_tokenizer.py --resume                         go on with the run in out/
     python train_tokenizer.py --preset hita-u --init-from hita-u --data DIR         fine-tune
     python train_tokenizer.py --eval                           figures, also in out/eval.jsonl
 
 --data DIR holds train/<class>/<pictures> and, if there is a validation split, val/<class>/...
 The run directory gets tokenizer.pt (the newest state), tokenizer.jsonl (a line of figures per log
-interval) and tokenizer-<step>.png (originals beside reconstructions). Ctrl-C or SIGTERM: the step
-is finished, the run saved.
+interval) and tokenizer-<step>.png (originals beside reconstructions). Ctrl-C or SIGTERM saves.
 """
 
 import copy
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -248,11 +245,12 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
     reconstructions to `picture` and, where two arrays are given, fills these with both."""
     device = next(tokenizer.parameters()).device
     mine = list(range(hita.rank(), len(data), hita.world()))
+    measured = {"psnr": True, "lpips": perceptual is not None, "swap": others is not None}
+    sums = {name: torch.zeros((), device=device) for name, x in measured.items() if x}
     loader = DataLoader(data, 16, sampler=[(0, i) for i in mine], num_workers=workers,
                         worker_init_fn=hita.ignore_signals)
 
     # encoding in float32, or some ids would be others; the decoder may work in bfloat16
-    totals = torch.zeros(4, device=device)  # pictures; sums of PSNR, LPIPS, swap
     progress = tqdm(loader, "evaluating", disable=hita.rank() > 0, leave=False)
     for n, (images, _) in enumerate(progress):
         images, these = images.to(device, memory_format=torch.channels_last), mine[16 * n:][:16]
@@ -261,23 +259,17 @@ def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, 
             recon = tokenizer.decode(global_ids, patch_ids)
             mixed = None if others is None else tokenizer.decode(others[these], patch_ids)
         images, recon = as_compared(images), as_compared(recon)
-        totals[0] += len(images)
-        totals[1] += hita.psnr(images, recon).sum()
+        sums["psnr"] += hita.psnr(images, recon).sum()
         if perceptual is not None:
-            totals[2] += perceptual(images, recon) * len(images)
+            sums["lpips"] += perceptual(images, recon) * len(images)
         if mixed is not None:
-            totals[3] += hita.psnr(images, as_compared(mixed)).sum()
+            sums["swap"] += hita.psnr(images, as_compared(mixed)).sum()
         for array, pictures in zip(arrays, (images, recon)):
             array[these] = hita.to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()
 
-    # over all processes
-    pictures, psnr, lpips, swap = hita.all_sum(totals).tolist()
     mark = "train_" if data.split == "train" else ""
-    figures = {f"{mark}psnr": psnr / pictures}
-    if perceptual is not None:
-        figures[f"{mark}lpips"] = lpips / pictures
-    if others is not None:
-        figures[f"{mark}swap"] = swap / pictures
+    # means over all processes
+    figures = {mark + name: hita.all_sum(x).item() / len(data) for name, x in sums.items()}
     if hita.rank() == 0:
         shown = []
         for i in range(24):  # one by one, since large pictures need much memory
@@ -324,7 +316,7 @@ def evaluate_checkpoint(args) -> None:
     del arrays
     for file in files:
         hita.pack_pictures(file)
-    known = encode_all(tokenizer, train, math.ceil(len(train) / 20_000), workers)
+    known = encode_all(tokenizer, train, 1 + len(train) // 20_000, workers)
     for name, counts in id_counts(*known[1:], cfg).items():
         figures |= hita.usage(name, counts)
     if val.split != "train":  # or probes would be judged on what they were fitted to
