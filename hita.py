@@ -1,23 +1,23 @@
 """Hita, the holistic tokenizer for autoregressive image generation, in one file.
 
-ICCV 2025, arXiv 2507.02358. Most image tokenizers give a picture one code per patch. Hita adds M
-*global* (holistic) tokens that describe it as a whole, and puts them first. The decoder reads a
-state per patch, taken k positions early: none sees its own patch, all must rely on the globals:
+ICCV 2025, arXiv 2507.02358. Most image tokenizers give a picture one code per patch.
+Hita puts M *global* (holistic) tokens before them, which describe it as a whole. The decoder
+reads a state per patch, taken k positions early: none sees its own patch, all need the globals:
 
     image (B, 3, H, W)
-      Encoder                 conv VQGAN, stride f                      -> (B, D, h, w), N = h*w
-      DINOv2                  frozen ViT, sees the image at 224 px      -> (B, 257, 1024)
-      QueryExtractor          [M queries; DINOv2; N patches] bidirectional,
-                              then [M queries; N patches] causal        -> (B, M, D), (B, N, D)
-      VectorQuantizer, twice  a codebook of V codes for each kind       -> ids (B, M), (B, N)
-      Fusion                  [M global; N patch] causal; of the states N in a row,
-                              of which the first belongs to global M-k  -> (B, N, D)
-      Decoder                 conv VQGAN                                -> (B, 3, H, W)
+      Encoder             conv VQGAN, stride f                  -> (B, D, h, w), N = h*w
+      DINOv2              frozen ViT, sees the image at 224 px  -> (B, 257, 1024)
+      QueryExtractor      [M queries; DINOv2; N patches] bidirectional,
+                          then [M queries; N patches] causal    -> (B, M, D), (B, N, D)
+      2 VectorQuantizers  a codebook of V codes for each kind   -> ids (B, M), (B, N)
+      Fusion              [M global; N patch] causal; keeps N states
+                          in a row, from that of global M-k on  -> (B, N, D)
+      Decoder             conv VQGAN                            -> (B, 3, H, W)
 
     class -> Llama -> M global ids -> N patch ids -> Fusion, Decoder -> a new picture
 
-Letters in shape comments: B batch, H W pixels, h w patch grid, N = h*w patch tokens, M global
-tokens, D latent width, C code width (12 global, 8 patch), V size of a codebook, T sequence length,
+Letters in shapes: B batch, H W pixels, h w patch grid, N = h*w patch tokens, M global tokens,
+D latent width, C code width (12 global, 8 patch), V codebook size, T sequence length,
 d channels of a head, f stride (pixels per patch side), k positions of k-replacement.
 Images are float tensors (B, 3, H, W) in [-1, 1]; token ids are int64.
 """
@@ -48,16 +48,16 @@ def check(condition: bool, message: str) -> None:
         raise HitaError(message)
 
 
-# ==== PART 1: HITA, in the order of the data; all that decides what the models compute ====
+# ==== PART 1: HITA, all that the models compute, in the order of the data ====
 #
 # ---- Settings: each field becomes a flag of the scripts, its comment the help --
 
 @dataclass
 class TokenizerConfig:
     """The tokenizer. The defaults are the released Hita-V, 104.2 M parameters."""
-    image_size: int = 336  # side of the square training images in pixels
+    image_size: int = 336  # pixels per side of the training images
     channels: int = 128  # channels of the conv nets at full resolution
-    channel_mult: tuple = (1, 1, 2, 2, 4)  # widths of the levels; n of them: stride 2^(n-1)
+    channel_mult: tuple = (1, 1, 2, 2, 4)  # widths of the n levels; stride is 2^(n-1)
     res_blocks: int = 2  # residual blocks per encoder level (the decoder has one more)
     latent_dim: int = 512  # width D of patch embeddings, queries and transformers
     layers: int = 3  # transformer layers in each of the three stages
@@ -147,14 +147,14 @@ LLAMA_SIZES = {  # the paper's names, its nominal sizes and the true ones
 # ---- Convolutional encoder and decoder (VQGAN, Esser et al. 2021) ------------
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """As released from 128 channels on: up to 32 groups of at least 4. Below, a single one: a norm
-    removes what a group shares, and with groups of 4 the demo learned hues late."""
+    """As released from 128 channels on: up to 32 groups of at least 4. Below, a single one:
+    a norm removes what a group shares, and with groups of 4 the demo learned hues late."""
     groups = math.gcd(32, channels // 4) if channels >= 128 else 1
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
-    """norm, silu, conv, norm, silu, conv, plus the input. (B, c_in, H, W) -> (B, c_out, H, W)"""
+    """norm, silu, conv, twice, plus the input. (B, c_in, H, W) -> (B, c_out, H, W)"""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -198,9 +198,10 @@ class Level(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, blocks: int, attention: bool, resample: nn.Module):
         super().__init__()
-        widths, attn = [c_in] + [c_out] * blocks, partial(AttnBlock, c_out)
+        widths = [c_in] + [c_out] * blocks
+        attn = partial(AttnBlock, c_out) if attention else nn.Identity
         self.res = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:]))
-        self.attn = nn.ModuleList(attn() if attention else nn.Identity() for _ in range(blocks))
+        self.attn = nn.ModuleList(attn() for _ in range(blocks))
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -272,9 +273,9 @@ class Decoder(nn.Module):
 # ---- DINOv2 (Oquab et al. 2023): frozen features for the queries ----
 
 class DINOv2(nn.Module):
-    """Frozen ViT. Images (B, 3, H, W) in [-1, 1] -> normalised cls and patch tokens (B, 257, dim).
-    name: a timm model. file: its weights, the original .pth or timm's; without it the Hub's, or
-    with pretrained=False random ones. HitaError if they cannot be had."""
+    """Frozen ViT. (B, 3, H, W) in [-1, 1] -> normalised cls and patch tokens (B, 257, dim).
+    name: a timm model. file: its weights, the original .pth or timm's; else the Hub's, or
+    random ones unless pretrained. HitaError if they cannot be had."""
     SIZE = 224  # the ViT always sees 224 px: 16 x 16 patches of 14 px
 
     def __init__(self, name: str = TokenizerConfig.dino, file: str | Path | None = None,
@@ -304,8 +305,7 @@ class DINOv2(nn.Module):
                 sigmas = [max((f - 1) / 2, 0.001) for f in factors]
                 sizes = [int(max(4 * s, 3)) // 2 * 2 + 1 for s in sigmas]  # the next odd one
                 images = TF.gaussian_blur(images, sizes[::-1], sigmas[::-1])  # x before y
-
-            # align_corners=True because the released weights were trained with it
+            # the released weights were trained with align_corners=True
             images = F.interpolate(images, self.SIZE, mode="bicubic", align_corners=True)
             return ((images.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
 
@@ -326,8 +326,9 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 class Attention(nn.Module):
     """Multi-head attention, bidirectional or causal. (B, T, D) -> (B, T, D)
-    Bidirectional: no biases on q, k, v, dropout on the output. Causal: biases, dropout on the
-    probabilities. The only reason is that the released model joins two code bases."""
+    Bidirectional: no biases on q, k, v, dropout on the output.
+    Causal: biases, dropout on the probabilities.
+    The only reason: the released model joins two code bases."""
 
     def __init__(self, dim: int, heads: int, causal: bool, dropout: float):
         super().__init__()
@@ -341,7 +342,7 @@ class Attention(nn.Module):
         q = split_heads(self.q(x), self.heads)  # (B, heads, T, d)
         k = split_heads(self.k(x), self.heads)
         v = split_heads(self.v(x), self.heads)
-        # with is_causal instead of a mask fast kernels can be used
+        # is_causal instead of a mask allows fast kernels
         x = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=self.causal and mask is None,
             dropout_p=dropout if self.causal else 0.0)
@@ -354,7 +355,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        hidden = (int(4 * dim * 2 / 3) + 7) // 8 * 8  # 8/3 of dim, rounded up
+        hidden = (8 * dim // 3 + 7) // 8 * 8  # 8/3 of dim, rounded up
         self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -383,7 +384,7 @@ def learned(length: int, dim: int) -> nn.Parameter:
 
 
 def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
-    """Positions (1, G*G, D) of a G x G grid -> (1, h*w, D), bicubic where the grid differs."""
+    """Positions (1, G*G, D) of a G x G grid -> (1, h*w, D), bicubic if the grid differs."""
     side = math.isqrt(positions.shape[1])
     if (h, w) == (side, side):
         return positions
@@ -397,11 +398,10 @@ def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
 # ---- Causal query extractor: M learnable queries gather what is global -------
 
 class QueryExtractor(nn.Module):
-    """Patches (B, D, h, w), DINOv2 tokens -> queries (B, M, D), patches (B, N, D)
-
-    Stage 1 is bidirectional: the queries must summarise the picture, so they look at everything.
-    Stage 2 is causal over [queries; patches]: a query sees only those before it, as the Llama will
-    when it predicts them. Patches have learned positions, a query is its own."""
+    """Patches (B, D, h, w), DINOv2 tokens -> queries (B, M, D), patches (B, N, D).
+    Stage 1 is bidirectional: to summarise the picture, the queries look at everything.
+    Stage 2 is causal over [queries; patches]: a query sees only those before it, as the Llama
+    will when it predicts them. Patches have learned positions, a query is its own."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -429,7 +429,7 @@ class QueryExtractor(nn.Module):
         x = torch.cat(parts, dim=1)  # (B, M + 257 + N, D)
         x = self.bidirectional(self.norm1(x))
 
-        # stage 2: the DINOv2 tokens have done their work and are left out
+        # stage 2: the DINOv2 tokens have done their work
         x = torch.cat([x[:, :M], x[:, -N:]], dim=1)  # (B, M + N, D)
         x = self.causal(self.norm2(x))
         return x[:, :M], x[:, M:]  # (B, M, D), (B, N, D)
@@ -439,12 +439,11 @@ class QueryExtractor(nn.Module):
 
 class VectorQuantizer(nn.Module):
     """The nearest of V codes on the unit sphere (VQ-VAE, van den Oord et al. 2017; ViT-VQGAN).
-
-    To put another (FSQ, LFQ, ...) in its place, name in HitaTokenizer.__init__ a class that offers
-    __init__(size, dim, beta): ids are 0 .. size - 1, codes have dim channels, beta may be ignored;
-    forward: z (B, T, C) -> codes (B, T, C) with a gradient to z, ids (B, T), its loss, perhaps 0;
-    lookup: ids (B, T) -> the same codes. Both work in float32, also under autocast.
-    Train with --no-revive-codes, or the demo takes RevivingQuantizer instead."""
+    To use another (FSQ, LFQ, ...), name in HitaTokenizer.__init__ a class that offers
+    __init__(size, dim, beta): ids are below size, codes have dim channels, beta may be ignored;
+    forward: z (B, T, C) -> codes (B, T, C) with a gradient to z, ids (B, T), a loss, perhaps 0;
+    lookup: ids (B, T) -> the same codes. Both in float32, also under autocast.
+    Train with --no-revive-codes, or the demo takes RevivingQuantizer."""
 
     def __init__(self, size: int, dim: int, beta: float = 0.25):
         super().__init__()
@@ -453,19 +452,18 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Parameter(F.normalize(codebook, dim=-1))  # (V, C)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # float32 even under autocast: in bfloat16 one id in twenty would be another. In encode all
-        # is in float32; in training z comes from layers that may be in bfloat16
+        # float32 even under autocast: in bfloat16 one id in twenty would be another.
+        # encode is in float32 throughout; training may have computed z in bfloat16
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=-1)  # (B, T, C)
             codebook = F.normalize(self.codebook.float(), dim=-1)  # (V, C)
             # on the sphere the nearest code is the one with the largest cosine
             ids = (z @ codebook.T).argmax(dim=-1)  # (B, T)
             codes = codebook[ids]  # (B, T, C)
-
-            # the first term moves the codes to the encoder's outputs; the second, the commitment,
-            # keeps these near their codes
-            loss = F.mse_loss(codes, z.detach()) + self.beta * F.mse_loss(z, codes.detach())
-
+            # moves the codes to the encoder's outputs
+            loss = F.mse_loss(codes, z.detach())
+            # the commitment keeps these near their codes
+            loss = loss + self.beta * F.mse_loss(z, codes.detach())
             # straight through: the values of the codes with the gradient of z
             return z + (codes - z).detach(), ids, loss
 
@@ -474,12 +472,12 @@ class VectorQuantizer(nn.Module):
         return F.normalize(self.codebook.float(), dim=-1)[ids]
 
 
-# ---- Centring and revival: not in the paper; for short trainings on small data ----
+# ---- Not in the paper: centring and revival, for short trainings on small data --
 
 class Centring(nn.Module):
     """BatchNorm1d without learned scale, over all processes: (B, T, C) -> (B, T, C) in float32.
-    Off in the released models. At first a query has much the same direction in all pictures: its
-    nearest code would be constant, and the decoder ignore it.
+    Off in the released models. At first a query is much the same in all pictures:
+    its nearest code would be constant, and the decoder ignore it.
     positions: T for statistics of each, 1 for common ones. HitaError for a batch of one."""
 
     def __init__(self, positions: int, dim: int):
@@ -490,12 +488,12 @@ class Centring(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
             z, mean, var = z.float(), self.mean.float(), self.var.float()
-            # evaluation and encode use what training has seen, and do not add to it
+            # evaluation and encode use what training has seen and add nothing
             if self.training and torch.is_grad_enabled():
                 check(len(z) * world() > 1, "centring needs two pictures: raise --batch-size")
-                # over the batch and, where the statistics are common ones, over positions
+                # over the batch and, for common statistics, over positions
                 dims = (0,) if len(mean) > 1 else (0, 1)
-                # and over the processes; without a gradient through both the mean runs away
+                # and over processes; without a gradient through both the mean runs away
                 mean = AllMean.apply(z.mean(dims, keepdim=True))[0]  # (positions, C)
                 var = AllMean.apply((z - mean).square().mean(dims, keepdim=True))[0]
                 n = world() * z[..., 0].numel() // len(mean)  # values behind each statistic
@@ -505,7 +503,7 @@ class Centring(nn.Module):
 
 
 class RevivingQuantizer(VectorQuantizer):
-    """Training moves codes that are hardly ever the nearest, at first all, onto some of z."""
+    """Training moves codes that are hardly ever nearest, at first all, onto some of z."""
 
     def __init__(self, size: int, dim: int, beta: float = 0.25):
         super().__init__(size, dim, beta)
@@ -525,7 +523,7 @@ class RevivingQuantizer(VectorQuantizer):
         """Put codes with fewer than 0.1 remembered uses onto some of z (B*T, C)."""
         self.hits *= 0.9  # a use is forgotten after 22 steps
         dead = self.hits < 0.1
-        # of the outputs of all processes, as the first chooses: codebooks stay the same
+        # the first process chooses from the outputs of all: codebooks stay the same
         every = z.new_zeros(world(), *z.shape)
         every[rank()] = z
         z = all_sum(every).flatten(0, 1)  # (world * B*T, C)
@@ -544,16 +542,15 @@ def count_ids(ids: Tensor, size: int) -> Tensor:
 # ---- Fusion with k-replacement -----------------------------------------------
 
 class Fusion(nn.Module):
-    """Globals (B, M, D), patches (B, N, D), both quantized -> a state for each cell, (B, N, D).
-
-    Causal layers read [global; patch]. Cell i is the state at M - k + i, k before its own patch:
+    """Quantized globals (B, M, D), patches (B, N, D) -> a state for each cell (B, N, D).
+    Causal layers read [global; patch]. Cell i is the state at M - k + i, k before its patch:
 
         position   0 ... M-k  ...  M-1 | M   M+1 ... M+N-1-k | M+N-k ... M+N-1
-        token      globals             | patches 0, 1, ...   | last k patches: read by no cell
+        token      globals             | patches 0, 1, ...   | the last k patches
         cell             0    ...  k-1 | k   k+1 ... N-1     | -
 
-    So the first k cells see globals alone (cell k-1 is the first to see all M), later ones all
-    globals and the patches up to i - k. With k > 0 none sees its own patch: the globals must help.
+    The first k cells see globals alone (cell k-1 is the first to see all M), later ones
+    also the patches up to i - k. With k > 0 none sees its own: the globals must help.
     The last k patches reach no cell; the Llama predicts them all the same."""
 
     def __init__(self, cfg: TokenizerConfig):
@@ -579,14 +576,14 @@ class Fusion(nn.Module):
         x = self.norm(torch.cat([globals_, patches], dim=1))  # (B, M + N, D)
         for layer in self.layers:
             x = layer(x)
-        # the window of N states that starts k positions before the first patch
+        # the N states that start k positions before the first patch
         first = M - self.k
         return x[:, first:first + N]  # (B, N, D)
 
     def reconstruct_features(self, globals_: Tensor, side: int) -> Tensor:
         """Hita-U: global codes (B, M, D) -> DINOv2 patch features (B, side^2, dino_dim).
-        The same layers read [global; mask tokens]. Globals are causal among themselves and blind
-        to the mask tokens, which see everything; as released, globals have no positions here."""
+        The same layers read [global; mask tokens]. Globals are causal and do not see the mask
+        tokens, which see everything; as released, globals have no positions here."""
         B, M, _ = globals_.shape
         positions = resize_positions(self.positions, side, side)  # (1, side^2, D)
         masks = (self.mask_token + positions).expand(B, -1, -1)  # (B, side^2, D)
@@ -604,7 +601,7 @@ class Fusion(nn.Module):
 
 @dataclass
 class TokenizerOutput:
-    """What the training forward returns; the losses are differentiable scalars."""
+    """What forward returns; the losses are differentiable scalars."""
     recon: Tensor                # (B, 3, H, W)
     codebook_loss: Tensor        # codebook and commitment terms of both quantizers
     feature_loss: Tensor | None  # Hita-U while training: 1 - cosine to DINOv2
@@ -614,7 +611,7 @@ class TokenizerOutput:
 
 class HitaTokenizer(nn.Module):
     """Images <-> M global and N patch token ids. With num_global = 0 it is a plain VQGAN.
-    Encoding needs the DINOv2 that the configuration names, if any: `attach_dino`."""
+    Encoding needs the DINOv2 of the configuration, if any: `attach_dino`."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -641,9 +638,10 @@ class HitaTokenizer(nn.Module):
 
     def attach_dino(self, dino: DINOv2 | None) -> None:
         """Set the frozen DINOv2. HitaError if it has another width."""
-        width = self.cfg.dino_dim if dino is None else dino.vit.embed_dim
-        check(width == self.cfg.dino_dim, f"dino_dim is {self.cfg.dino_dim}, this has {width}")
-        # past nn.Module's registration: no optimizer, EMA, DDP or checkpoint may see it
+        ours = self.cfg.dino_dim
+        width = ours if dino is None else dino.vit.embed_dim
+        check(width == ours, f"dino_dim is {ours}, this has {width}")
+        # not registered as a part: no optimizer, EMA, DDP or checkpoint may see it
         self.__dict__["dino"] = dino
 
     def dino_tokens(self, images: Tensor) -> Tensor | None:
@@ -654,7 +652,7 @@ class HitaTokenizer(nn.Module):
         return self.dino.to(images.device)(images).type_as(images)
 
     def embed(self, images: Tensor, dino_tokens: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """Images (B, 3, H, W) -> what is quantized: global (B, M, C) or None, patch (B, N, C)."""
+        """Images (B, 3, H, W) -> to be quantized: global (B, M, C) or None, patch (B, N, C)."""
         patches = self.encoder(images)  # (B, D, h, w)
         if not self.cfg.num_global:
             return None, self.patch_centring(self.patch_down(row_by_row(patches)))
@@ -673,7 +671,7 @@ class HitaTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> global ids (B, M), patch ids (B, N) row by row, int64.
-        HitaError for what is no such tensor; a warning where values look like [0, 1]."""
+        HitaError for anything else; a warning where values look like [0, 1]."""
         check_images(images, self.cfg.stride, self.patch_up.weight.dtype)
         with torch.autocast(images.device.type, enabled=False):  # whatever the caller has on
             global_z, patch_z = self.embed(images, self.dino_tokens(images))
@@ -684,8 +682,8 @@ class HitaTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, global_ids: Tensor, patch_ids: Tensor, grid: tuple | None = None) -> Tensor:
-        """Global ids (B, M), patch ids (B, N) -> images (B, 3, H, W) in about [-1, 1], not clamped.
-        grid: patch rows and columns, square unless given. HitaError where the ids do not fit."""
+        """Global ids (B, M), patch ids (B, N) -> images (B, 3, H, W) in about [-1, 1].
+        grid: patch rows and columns, else square. HitaError where the ids do not fit."""
         check_ids("patch ids", patch_ids, (None, None), self.cfg.patch_codebook_size)
         (B, N), M = patch_ids.shape, self.cfg.num_global
         grid = (math.isqrt(N), math.isqrt(N)) if grid is None else tuple(grid)
@@ -697,7 +695,7 @@ class HitaTokenizer(nn.Module):
         return self.render(global_codes, self.patch_quantizer.lookup(patch_ids), grid)
 
     def forward(self, images: Tensor) -> TokenizerOutput:
-        """For training: straight-through codes let the loss reach the encoder."""
+        """For training: the loss reaches the encoder through the codes."""
         dino_tokens = self.dino_tokens(images)  # (B, 257, dino_dim) or None
         global_z, patch_z = self.embed(images, dino_tokens)
         patch_codes, patch_ids, codebook_loss = self.patch_quantizer(patch_z)
@@ -705,23 +703,24 @@ class HitaTokenizer(nn.Module):
         if self.cfg.num_global:
             global_codes, global_ids, global_loss = self.global_quantizer(global_z)
             codebook_loss = codebook_loss + global_loss
-
         # Hita-U: the global codes alone must tell what DINOv2 saw
         if self.cfg.vfm_recon and self.training:
             target = dino_tokens[:, 1:].float()  # (B, 256, dino_dim)
             side = math.isqrt(target.shape[1])
-            features = self.fusion.reconstruct_features(self.global_up(global_codes), side)
-            cosine = F.cosine_similarity(target, features.float(), dim=-1, eps=1e-6)
+            globals_ = self.global_up(global_codes)  # (B, M, D)
+            features = self.fusion.reconstruct_features(globals_, side).float()
+            cosine = F.cosine_similarity(target, features, dim=-1, eps=1e-6)
             feature_loss = 1 - cosine.mean()
         f = self.cfg.stride
-        recon = self.render(global_codes, patch_codes, (images.shape[2] // f, images.shape[3] // f))
+        grid = images.shape[2] // f, images.shape[3] // f
+        recon = self.render(global_codes, patch_codes, grid)
         return TokenizerOutput(recon, codebook_loss, feature_loss, global_ids, patch_ids)
 
 
-# ---- Losses: train_tokenizer.py sums rec + LPIPS + 0.5 adversarial + codebook (+ feature) ----
+# ---- Losses: train_tokenizer.py sums rec + LPIPS + 0.5 GAN + codebook (+ feature) --
 
 def reconstruction_loss(images: Tensor, recon: Tensor) -> Tensor:
-    """2 MSE: the released L2 term, and an MSE term that its trainer always adds."""
+    """2 MSE: the released L2 term, and the MSE that its trainer always adds."""
     return 2 * F.mse_loss(recon.float(), images)
 
 
@@ -732,9 +731,9 @@ class PerceptualLoss(nn.Module):
     def __init__(self, pretrained: bool = True):
         super().__init__()
         import lpips  # slow to import, and needed in training only
-        # the package takes the root of a sum of squares: at 0 the gradient is NaN
+        # the package's own takes a root: at 0 its gradient is NaN
         lpips.normalize_tensor = lambda x: x * (x.square().sum(1, keepdim=True) + 1e-20).rsqrt()
-        warnings.filterwarnings("ignore", module="torchvision")  # lpips calls it in an old way
+        warnings.filterwarnings("ignore", module="torchvision")  # lpips uses an old call
         try:
             self.lpips = lpips.LPIPS(net="vgg", pnet_rand=not pretrained, verbose=False)
         except Exception as e:  # many kinds
@@ -748,7 +747,7 @@ class PerceptualLoss(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): images (B, 3, H, W) -> a logit for each patch (B, 1, h', w')"""
+    """PatchGAN (Isola et al. 2017): images (B, 3, H, W) -> a logit per patch (B, 1, h', w')"""
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -759,8 +758,10 @@ class PatchDiscriminator(nn.Module):
         self.main = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
         # small weights, as in pix2pix
         for m in self.main:
-            if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)):
-                nn.init.normal_(m.weight, 1.0 if isinstance(m, nn.BatchNorm2d) else 0.0, 0.02)
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, 0.0, 0.02)
+            elif isinstance(m, nn.BatchNorm2d):
+                nn.init.normal_(m.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.main(images)
@@ -768,7 +769,7 @@ class PatchDiscriminator(nn.Module):
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Hinge loss (Lim & Ye 2017) of the logits for real and reconstructed images."""
-    # real logits are pushed above 1, fake ones below -1, and no further
+    # pushes real logits above 1, fake ones below -1, and no further
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
 
@@ -781,17 +782,16 @@ def adversarial_loss(fake: Tensor) -> Tensor:
 
 def position_rotations(num_global: int, grid: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin (M + N, head_dim / 2) by which channel pairs of q and k turn at each input.
-
-    Inputs 0 .. M-1 do not turn, they have a learned shift. M + 1 + i (patch i): 2-D RoPE, half of
-    the pairs turn with the cell's row, half with its column. M, the last global: cos = sin = 0, its
-    attention is uniform over 0 .. M, and its key's logit is 0 for every later query. This is an
-    accident of the released code, and the released weights need it."""
+    Inputs 0 .. M-1 do not turn, they have a learned shift.
+    M + 1 + i (patch i): 2-D RoPE, half the pairs turn with the row, half with the column.
+    M, the last global: cos = sin = 0, its attention is uniform over 0 .. M, and its key's logit
+    is 0 for later queries. An accident of the released code; the released weights need it."""
     pairs = head_dim // 2
     theta = 10000.0 ** (-2 * torch.arange(pairs // 2) / pairs)  # (pairs/2,)
     angle = torch.arange(grid)[:, None] * theta  # (grid, pairs/2)
     rows, columns = angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)
     cells = torch.cat([rows, columns], dim=1)  # (N, pairs)
-    # angles of 0 for 0 .. M in front; the last patch, which is never an input, is cut off
+    # 0 for inputs 0 .. M; the last patch, which is never an input, is cut off
     angles = F.pad(cells, (0, 0, num_global + 1, -1))  # (M + N, pairs)
     cos, sin = angles.cos(), angles.sin()
     cos[num_global] = 0.0  # the accident
@@ -799,7 +799,7 @@ def position_rotations(num_global: int, grid: int, head_dim: int) -> tuple[Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn adjacent channel pairs of x (B, heads, T, d) by angles given as cos, sin (T, d/2)."""
+    """Turn adjacent channel pairs of x (B, heads, T, d) by the angles of cos, sin (T, d/2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(dim=-1)  # (B, heads, T, d/2) each
     turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
     return turned.flatten(-2).type_as(x)
@@ -811,21 +811,21 @@ class LlamaBlock(nn.Module):
     def __init__(self, cfg: LlamaConfig):
         super().__init__()
         dim = cfg.dim
-        hidden = (int(2 * 4 * dim / 3) + 255) // 256 * 256  # 8/3 of dim, rounded up
+        hidden = (8 * dim // 3 + 255) // 256 * 256  # 8/3 of dim, rounded up
         norm, linear = partial(nn.RMSNorm, eps=1e-5), partial(nn.Linear, bias=False)
         self.heads, self.dropout = cfg.heads, nn.Dropout(cfg.dropout)
         self.norm1, self.qkv, self.out = norm(dim), linear(dim, 3 * dim), linear(dim, dim)
         self.norm2 = norm(dim)
-        self.w1, self.w3, self.w2 = linear(dim, hidden), linear(dim, hidden), linear(hidden, dim)
+        self.w1, self.w3 = linear(dim, hidden), linear(dim, hidden)
+        self.w2 = linear(hidden, dim)
 
     def forward(self, x: Tensor, shift: Tensor, cos: Tensor, sin: Tensor, index: Tensor,
                 cache: tuple[Tensor, Tensor] | None, visible: Tensor | None) -> Tensor:
-        """x: inputs at positions `index` (T,); shift (T, dim) and cos, sin (T, d/2) are those of
-        these positions. With a cache x attends to what `visible` (T, M + N) shows of it."""
+        """x: inputs at positions `index` (T,) that have shift (T, dim) and cos, sin (T, d/2).
+        With a cache x attends to what `visible` (T, M + N) shows of it."""
         q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)  # (B, T, dim) each
-
-        # Positions act on queries and keys only, never on the residual stream, and anew in every
-        # block: a learned shift for inputs 0 .. M-1, a rotation for the patches.
+        # Positions act on queries and keys only, not on the residual stream, in every block:
+        # a learned shift for inputs 0 .. M-1, a rotation for the patches.
         q = rotate(split_heads(q + shift, self.heads), cos, sin)  # (B, heads, T, d)
         k = rotate(split_heads(k + shift, self.heads), cos, sin)
         v = split_heads(v, self.heads)
@@ -835,7 +835,7 @@ class LlamaBlock(nn.Module):
         if d % 8:
             pad = 0, -d % 8
             q, k, v = F.pad(q, pad), F.pad(k, pad), F.pad(v, pad)
-        # while sampling, keys and values of the inputs before wait in the cache
+        # in sampling, the cache holds keys and values of the inputs before
         if cache is not None:
             keys, values = cache  # (B, heads, M + N, d) both
             keys[:, :, index], values[:, :, index] = k.type_as(keys), v.type_as(values)
@@ -853,10 +853,9 @@ class LlamaBlock(nn.Module):
 
 class Llama(nn.Module):
     """Predicts the M global ids, then the N patch ids of a class. With M = 0: a plain LlamaGen.
-
-    Inputs are class, global_0 .. global_M-1, patch_0 .. patch_N-2; position p predicts token p of
-    global_0 .. patch_N-1. Each kind of token has its own embedding table and head. A loaded model
-    names its `classes`."""
+    Inputs are class, global_0 .. global_M-1, patch_0 .. patch_N-2;
+    position p predicts token p of global_0 .. patch_N-1.
+    Each kind of token has its own embeddings and head. A loaded model names its `classes`."""
 
     def __init__(self, cfg: LlamaConfig):
         super().__init__()
@@ -882,7 +881,7 @@ class Llama(nn.Module):
                 nn.init.normal_(m.weight, std=0.0 if name.endswith("_head") else 0.02)
 
     def embed(self, class_ids: Tensor, global_ids: Tensor, patch_ids: Tensor) -> Tensor:
-        """Class ids (B,), ids (B, m) and (B, n) -> embeddings (B, 1 + m + n, dim)."""
+        """Class ids (B,), ids (B, m), (B, n) -> embeddings (B, 1 + m + n, dim)."""
         parts = [self.class_embedding(class_ids)[:, None], self.patch_embedding(patch_ids)]
         if self.cfg.num_global:
             parts.insert(1, self.global_embedding(global_ids))
@@ -902,8 +901,8 @@ class Llama(nn.Module):
 
     def forward(self, class_ids: Tensor, global_ids: Tensor,
                 patch_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Class ids (B,), global ids (B, M), patch ids (B, N) -> logits (B, M, V) and (B, N, V),
-        the former empty if M = 0. Training drops class labels with probability class_dropout."""
+        """Class ids (B,), global ids (B, M), patch ids (B, N) -> logits (B, M, V), (B, N, V).
+        M may be 0. Training drops class labels with probability class_dropout."""
         M = self.cfg.num_global
         # guidance needs to know what the model says without the class
         if self.training:
@@ -920,29 +919,28 @@ class Llama(nn.Module):
                  top_k: int = 0, top_p: float = 1.0, given: Tensor | None = None, seed: int = 0,
                  random: Tensor | None = None, released_sampling: bool = False,
                  progress: bool = False) -> tuple[Tensor, Tensor]:
-        """Draw pictures of the classes (B,), int64 -> global ids (B, M), patch ids (B, N).
-
+        """Draw pictures of classes (B,), int64 -> global ids (B, M), patch ids (B, N).
         cfg_scale: strength of classifier-free guidance (Ho & Salimans 2022), 1 is without.
-        temperature, top_k, top_p: see filter_logits; top_k=1 is greedy. given (B, P): the first P
-        ids. random (B, M + N): see random_numbers, which makes them of the seed. released_sampling:
-        the last global token is embedded with the patch table, a mistake of the released code.
+        temperature, top_k, top_p: see filter_logits; top_k=1 is greedy.
+        given (B, P): the first P ids. random (B, M + N): else random_numbers of the seed.
+        released_sampling: embed the last global as a patch, as the released code does by mistake.
         HitaError for what is out of range."""
-        M, total = self.cfg.num_global, self.cfg.num_global + self.cfg.grid ** 2
+        M, total = self.cfg.num_global, len(self.cos)  # M, M + N
         check_range(0, 10**6, cfg_scale=cfg_scale, temperature=temperature)
         check_range(0, 1, top_p=top_p)
         check_range(0, math.inf, whole=True, top_k=top_k, seed=seed)
         ids = self.check_request(class_ids, given, released_sampling)  # (B, P)
         random = random_numbers(class_ids, total, seed) if random is None else random
-        check(random.shape == (len(ids), total), f"random is {random.shape}, not {len(ids), total}")
+        shape = len(ids), total
+        check(random.shape == shape, f"random is {random.shape}, not {shape}")
 
-        # Guidance predicts twice, with the class and without: one batch [cond; uncond].
+        # Guidance predicts with the class and without, in one batch [cond; uncond].
         labels, known = class_ids, ids
         if cfg_scale != 1:
             no_class = torch.full_like(class_ids, self.cfg.num_classes)
             labels, known = torch.cat([class_ids, no_class]), torch.cat([ids, ids])
         caches = self.empty_caches(len(labels), self.norm.weight.dtype, self.norm.weight.device)
-
-        # The class and all ids that are given are read at once, then one id at a time.
+        # The class and the given ids are read at once, then one id at a time.
         num_as_global = max(0, M - 1) if released_sampling else M
         x = self.embed(labels, known[:, :num_as_global], known[:, num_as_global:])
         index = torch.arange(x.shape[1], device=x.device)  # (1 + P,)
@@ -951,12 +949,12 @@ class Llama(nn.Module):
                                  (temperature, top_k, top_p), is_global=p < M,
                                  embed_as_global=p < num_as_global)
             ids = torch.cat([ids, token], dim=1)  # (B, p + 1)
-            x, index = x.clone(), index[-1:] + 1  # the next step may reuse the memory of x
+            x, index = x.clone(), index[-1:] + 1  # the next step may reuse x's memory
         return ids[:, :M], ids[:, M:]
 
     def check_request(self, class_ids: Tensor, given: Tensor | None, released: bool) -> Tensor:
-        """Checks arguments of generate -> the given ids (B, P), P = 0 where there are none."""
-        cfg, M, total = self.cfg, self.cfg.num_global, self.cfg.num_global + self.cfg.grid ** 2
+        """Checks arguments of generate -> the given ids (B, P), P = 0 without any."""
+        cfg, M, total = self.cfg, self.cfg.num_global, len(self.cos)
         check_ids("class ids", class_ids, (None,), cfg.num_classes)
         check(len(class_ids) > 0, "class ids are none, give at least one")
         sizes = cfg.global_codebook_size, cfg.patch_codebook_size
@@ -972,32 +970,31 @@ class Llama(nn.Module):
     @torch.inference_mode(False)  # or a call outside of it could not use them
     def empty_caches(self, batch: int, dtype: torch.dtype, device: torch.device,
                      kept: bool = False) -> list[tuple]:
-        """Keys and values of each block for all inputs of a sequence, (batch, heads, M + N, d)."""
+        """Keys and values of each block for all inputs, (batch, heads, M + N, d)."""
         cfg = self.cfg
-        d = -(-cfg.dim // cfg.heads // 8) * 8  # channels of a head, padded as in attend
-        shape = batch, cfg.heads, cfg.num_global + cfg.grid ** 2, d
-        # one by one: the compiler would copy a common tensor at each step
+        d = -(-cfg.dim // cfg.heads // 8) * 8  # channels of a head, padded as in LlamaBlock
+        shape = batch, cfg.heads, len(self.cos), d
+        # one by one: compiled, a common tensor would be copied at each step
         caches = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * cfg.layers)]
-        for cache in caches if kept else ():  # a promise to CUDA graphs: they do not move
+        for cache in caches if kept else ():  # CUDA graphs: these do not move
             torch._dynamo.mark_static_address(cache, guard=False)
         return list(zip(caches[::2], caches[1::2]))
 
     def compile_step(self) -> None:
-        """CUDA graphs, for one thread: they must find the caches where they were."""
+        """CUDA graphs, for one thread: the caches must stay where they are."""
         self.step = torch.compile(self.step, mode="reduce-overhead", fullgraph=True)
         self.empty_caches = lru_cache(None)(partial(self.empty_caches, kept=True))
 
     def step(self, x: Tensor, index: Tensor, caches: list[tuple], random: Tensor,
              cfg_scale: float, filters: tuple, is_global: bool,
              embed_as_global: bool) -> tuple[Tensor, Tensor]:
-        """Inputs (B or 2B, T, dim) at positions (T,) -> next token (B, 1), and as input embedded.
-        From step to step only tensors and the kind of token change: it compiles once a kind."""
+        """Inputs (B or 2B, T, dim) at positions (T,) -> next token (B, 1), and embedded.
+        Only tensors and the kind of token change between steps: it compiles once a kind."""
         # an input sees itself and those before
         length = caches[0][0].shape[2]  # M + N
         visible = torch.arange(length, device=x.device) <= index[:, None]  # (T, M + N)
         state = self.backbone(x, index, caches, visible)[:, -1]  # (B or 2B, dim)
         logits = (self.global_head if is_global else self.patch_head)(state).float()
-
         # away from what the model would say without the class
         if cfg_scale != 1:
             cond, uncond = logits.chunk(2)
@@ -1008,8 +1005,8 @@ class Llama(nn.Module):
 
 
 def random_numbers(class_ids: Tensor, length: int, seed: int = 0) -> Tensor:
-    """Uniform numbers in [0, 1), one a token, for pictures of the classes (B,) -> (B, length). The
-    j-th picture of class c has those of (seed, c, j): it is the same whatever is made beside it."""
+    """Uniform numbers in [0, 1), one a token, of pictures of classes (B,) -> (B, length).
+    Picture j of class c has those of (seed, c, j), whatever is made beside it."""
     rows, count = [], Counter()
     for c in class_ids.tolist():
         generator = np.random.default_rng((seed, c, count[c]))
@@ -1029,7 +1026,7 @@ def draw(probs: Tensor, random: Tensor) -> Tensor:
 
 
 def cumulative_sums(probs: Tensor) -> Tensor:
-    """Cumulative sums (B, V) -> (B, V), by blocks: torch 2.11 cannot compile one over 16,384."""
+    """Cumulative sums (B, V), by blocks: torch 2.11 cannot compile one over 16,384."""
     V = probs.shape[-1]
     blocks = F.pad(probs, (0, -V % 128)).unflatten(1, (-1, 128))  # (B, blocks, 128)
     inner = blocks.cumsum(dim=-1)
@@ -1039,9 +1036,10 @@ def cumulative_sums(probs: Tensor) -> Tensor:
 
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
                   top_p: float = 1.0) -> Tensor:
-    """Logits (B, V) -> logits (B, V) divided by the temperature, -inf where filtered out.
-    top_k keeps the k largest (and ties), 0 keeps all. top_p then keeps the largest until their
-    probability exceeds p. Temperatures below 1e-6 count as 1e-6, which is greedy."""
+    """Logits (B, V), divided by the temperature, -inf where filtered out.
+    top_k keeps the k largest (and ties), 0 keeps all.
+    top_p then keeps the largest until their probability exceeds p.
+    A temperature below 1e-6 counts as 1e-6, which is greedy."""
     logits = logits / max(temperature, 1e-6)
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
@@ -1049,7 +1047,7 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(dim=-1)
-        # without those that come after p has been exceeded; the one that exceeds it stays
+        # those that come after p has been exceeded; the one that exceeds it stays
         beyond = cumulative_sums(probs) - probs > top_p
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
     return logits
@@ -1057,9 +1055,9 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
 
 def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor,
                  patch_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy in nats of global and of patch tokens; the former is 0 without globals.
-    Their sum is trained, so a global token of the released model weighs N / M = 3.4 patch tokens;
-    with global_weight M / N in train_ar.py all tokens weigh the same."""
+    """Mean cross-entropy in nats of global tokens, 0 if there are none, and of patch tokens.
+    Their sum is trained: in the released model a global token weighs N / M = 3.4 patch tokens.
+    With global_weight M / N in train_ar.py all tokens weigh the same."""
     patch_loss = F.cross_entropy(patch_logits.flatten(0, 1).float(), patch_ids.flatten())
     if global_ids.shape[1] == 0:
         return torch.zeros_like(patch_loss), patch_loss
@@ -1067,7 +1065,7 @@ def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor
     return global_loss, patch_loss
 
 
-# ==== PART 2: WHAT THE SCRIPTS SHARE: processes, flags, pictures, logs, checkpoints ====
+# ==== PART 2: WHAT THE SCRIPTS SHARE: processes, flags, pictures, checkpoints ====
 
 import argparse
 import contextlib
@@ -1092,7 +1090,7 @@ from PIL import Image, ImageOps
 
 
 def usage(name: str, counts: Tensor) -> dict[str, float]:
-    """Counts (T, V) -> share of codes in use; bits, the mean entropy of an id at a position."""
+    """Counts (T, V) -> share of codes in use; bits: mean entropy of an id at a position."""
     counts = counts.cpu().double()  # MPS has no float64
     p = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     bits = torch.special.entr(p).sum(dim=1).mean() / math.log(2)
@@ -1101,7 +1099,7 @@ def usage(name: str, counts: Tensor) -> dict[str, float]:
 
 
 def check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], size: int) -> None:
-    """HitaError unless ids are int64, from 0 to size - 1, of this shape; None fits all lengths."""
+    """HitaError unless ids are int64, 0 to size - 1, of this shape; None fits all."""
     found = (ids.dtype, *ids.shape) if isinstance(ids, Tensor) else (type(ids),)
     wanted = torch.int64, *shape
     fits = len(found) == len(wanted) and all(b in (None, a) for a, b in zip(found, wanted))
@@ -1111,7 +1109,7 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], size: int) 
 
 
 def check_range(low: float, high: float, *, whole: bool = False, **values) -> None:
-    """HitaError unless these are numbers, or whole ones, from low to high."""
+    """HitaError unless these are (whole) numbers from low to high."""
     kind = (int, np.integer) if whole else (int, float, np.number)
     for name, x in values.items():
         fits = isinstance(x, kind) and low <= x <= high
@@ -1124,7 +1122,7 @@ def check_images(images: Tensor, stride: int, dtype: torch.dtype) -> None:
     check(found == dtype, f"images are {found}, not {dtype} in [-1, 1]: load_picture makes such, "
                           "or x / 127.5 - 1 of bytes")
     shape = tuple(images.shape)
-    fits = len(shape) == 4 and shape[1] == 3 and not shape[2] % stride and not shape[3] % stride
+    fits = len(shape) == 4 and shape[1] == 3 and not any(x % stride for x in shape[2:])
     check(fits and min(shape) > 0, f"images are {shape}, not (B, 3, H, W), H and W n x {stride}")
     low, high = images.min(), images.max()
     check(low > -2 and high < 2, f"pixels are {low:.3g} to {high:.3g}, not in [-1, 1]")
@@ -1151,10 +1149,10 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-# N processes compute what one does: each takes its share of a batch (batch), DDP averages the
-# gradients (distribute), AllMean the statistics of centring, the log its figures (Log); the first
-# chooses the codes that are revived; all stop after the same step (Stop.asked). Two things differ:
-# dropout draws other numbers in each (seed_step), and the discriminator's BatchNorm sees its share.
+# N processes compute what one does: each takes its share of a batch (batch); DDP averages
+# gradients (distribute), AllMean the statistics of centring, Log its figures;
+# the first chooses the revived codes; all stop after the same step (Stop.asked).
+# But dropout differs (seed_step), and the discriminator's BatchNorm sees its share.
 
 def world() -> int:
     """Number of processes, 1 without torchrun."""
@@ -1177,7 +1175,7 @@ class AllMean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        """The mean again: the loss of every process depends on this process's x."""
+        """The mean again: the losses of all processes depend on this x."""
         return all_sum(grad.clone()) / world()
 
 
@@ -1228,21 +1226,23 @@ def distribute(model: nn.Module) -> nn.Module:
 
 
 def use_compile(asked: bool | None, preset: str, device: torch.device) -> bool:
-    """Whether to compile: as asked, else on CUDA, but not the small models."""
-    return asked if asked is not None else (
-        device.type == "cuda" and preset not in ("emoji", "prints"))
+    """Whether to compile: as asked, else on CUDA all but the small models."""
+    if asked is not None:
+        return asked
+    return device.type == "cuda" and preset not in ("emoji", "prints")
 
 
 def norm_by_channel(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """norm(x) from moments of the channels, then of the groups, (B, c, H, W). Compiled for a GPU,
-    torch's own copies to another layout than that of the convolutions and back."""
+    """norm(x), (B, c, H, W), from moments of the channels, then of the groups. Compiled for
+    a GPU, torch's own copies to another layout than the convolutions' and back."""
     each = x.shape[1] // norm.num_groups
     moments = x.float().mean((2, 3)), x.float().square().mean((2, 3))  # (B, c) both
     of_groups = (m.unflatten(1, (-1, each)).mean(2, keepdim=True) for m in moments)
     # (B, groups, 1) -> (B, c), the same for all channels of a group
     mean, square = (m.expand(-1, -1, each).flatten(1) for m in of_groups)
     scale = norm.weight * (square - mean.square() + norm.eps).rsqrt()  # (B, c)
-    y = x.float() * scale[..., None, None] + (norm.bias - mean * scale)[..., None, None]
+    shift = norm.bias - mean * scale
+    y = x.float() * scale[..., None, None] + shift[..., None, None]
     return y.type_as(norm.weight)
 
 
@@ -1252,7 +1252,7 @@ def seed_step(seed: int, step: int) -> None:
 
 
 class Stop:
-    """SIGTERM, Ctrl-C: the step ends, the run is saved; a second Ctrl-C ends it at once."""
+    """SIGTERM, Ctrl-C: the step ends, the run is saved; a second Ctrl-C ends at once."""
 
     def __init__(self):
         self.signalled = torch.zeros(1)
@@ -1297,10 +1297,11 @@ def explanation(error: Exception, memory: str) -> str | None:
 
 
 def run_script(main, memory: str) -> None:
-    """Call a script's main. What a user can mend ends in one line and status 2, a mistake in the
-    code in its traceback, and all processes end. memory: what helps where a GPU has too little."""
-    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
-    for stream in sys.stdout, sys.stderr:  # which had been None where it was closed
+    """Call a script's main. What a user can mend ends in one line and status 2, a mistake
+    in the code in its traceback, and all processes end. memory: what helps if a GPU is full."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="backslashreplace")  # for odd file names
     status = 0
     try:
@@ -1316,7 +1317,7 @@ def run_script(main, memory: str) -> None:
         else:
             sys.excepthook(*sys.exc_info())
     finally:
-        # Python would wait for loaders for ever, torch raise an error where one ends
+        # Python would wait for loaders for ever, torch raise an error if one ends
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for loader in torch.multiprocessing.active_children():
@@ -1388,7 +1389,7 @@ class Parser(argparse.ArgumentParser):
             help="torch.compile, takes minutes [on CUDA, but for the demo]")
 
     def add_settings(self, settings, skip: tuple[str, ...] = ()) -> None:
-        """A flag for each field of a dataclass; its help is the comment behind it."""
+        """A flag for each field of a dataclass, with its comment as help."""
         source = inspect.getsource(type(settings))
         comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE))
         group = self.add_argument_group(type(settings).__name__)
@@ -1398,8 +1399,9 @@ class Parser(argparse.ArgumentParser):
             how = {"type": integers if isinstance(value, tuple) else type(value), "metavar": "X"}
             if isinstance(value, bool):
                 how = {"action": argparse.BooleanOptionalAction}
-            group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **how,
-                               help=f"{comments.get(name, '')} [{value}]".replace("%", "%%"))
+            flag = "--" + name.replace("_", "-")
+            text = f"{comments.get(name, '')} [{value}]".replace("%", "%%")
+            group.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -1409,13 +1411,15 @@ def integers(text: str) -> tuple[int, ...]:
 
 def override(settings, args: argparse.Namespace):
     """A copy of the settings with the flags that were given."""
-    given = {name: value for name, value in vars(args).items() if hasattr(settings, name)}
+    given = {name: x for name, x in vars(args).items() if hasattr(settings, name)}
     return check_numbers(replace(settings, **given))
 
 
 # ---- Pictures ----------------------------------------------------------------
 
 EMOJI = Path(__file__).parent / "data" / "prints64.zip"
+PICTURES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif", ".jp2")
+NOT_DATA = {"__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin"}
 warnings.filterwarnings("ignore", module="PIL")  # of files with faults that do no harm
 
 
@@ -1432,18 +1436,14 @@ def embedded_data() -> Path:
     return folder
 
 
-PICTURES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif", ".jp2")
-NOT_DATA = {"__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin"}
-
-
 def data_entries(folder: str | Path) -> list[os.DirEntry]:
-    """What is in a folder, sorted by name, but for hidden and foreign things."""
-    entries = [x for x in os.scandir(folder) if x.name[0] != "." and x.name.lower() not in NOT_DATA]
-    return sorted(entries, key=lambda x: x.name)
+    """What is in a folder by name, but for hidden and foreign things."""
+    entries = sorted(os.scandir(folder), key=lambda x: x.name)
+    return [x for x in entries if x.name[0] != "." and x.name.lower() not in NOT_DATA]
 
 
 def picture_files(folder: str | Path | os.DirEntry):
-    """The picture files below a folder. Links to files count, those to folders may be circles."""
+    """Picture files below a folder, links to them too; links to folders may be circles."""
     for entry in data_entries(folder):
         if entry.is_dir(follow_symlinks=False):
             yield from picture_files(entry)
@@ -1452,7 +1452,7 @@ def picture_files(folder: str | Path | os.DirEntry):
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """A picture of 8 bits as RGB, upright by its EXIF data, on white where it is transparent."""
+    """A picture of 8 bits as RGB, upright by its EXIF data, on white where transparent."""
     check(image.mode[0] not in "IF", f"pixels are {image.mode}: save it with 8 bits")
     image = image.copy()  # loads it, too: PNG files may have all this at their end
     with contextlib.suppress(Exception):  # damaged EXIF blocks raise nearly everything
@@ -1480,8 +1480,8 @@ def read_picture(picture) -> Image.Image:
 
 def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None = None,
                 crop_range: float = 1.0) -> Tensor:
-    """A picture -> (3, size, size) in [-1, 1]: the centre, as ADM's evaluation has it, or with rng
-    a random part that shows between crop_range of the smaller side and all of it."""
+    """A picture -> (3, size, size) in [-1, 1]: the centre, as in ADM's evaluation, or with rng
+    a random part, between crop_range of the smaller side and all of it."""
     side = size if rng is None else rng.integers(size, math.ceil(size / crop_range) + 1)
     while min(image.size) >= 2 * side:  # halving first avoids aliasing
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -1493,7 +1493,7 @@ def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None =
 
 
 def load_picture(picture, size: int) -> Tensor:
-    """A file or PIL picture -> its centre (1, 3, size, size) in [-1, 1]. HitaError if damaged."""
+    """A file or PIL picture -> centre (1, 3, size, size) in [-1, 1]. HitaError if damaged."""
     return crop_square(read_picture(picture), size)[None]
 
 
@@ -1511,17 +1511,18 @@ def picture_grid(images: Tensor, columns: int = 8) -> Image.Image:
 
 class Pictures(torch.utils.data.Dataset):
     """DIR/<split>/<class>/<picture>: items (epoch, index) -> image (3, size, size), class.
-
-    The classes are the folders in DIR/train that hold pictures. augment: crop and flip follow from
-    (seed, epoch, index); without it epoch 0 is the plain picture, 1 its mirror image, later ones
-    are augmented. A picture that cannot be read is named, and the next one stands in. HitaError if
-    there are no pictures, or 20 in a row cannot be read."""
+    Classes are the folders in DIR/train that hold pictures.
+    augment: crop and flip follow from (seed, epoch, index); without it epoch 0 is the plain
+    picture, 1 its mirror image, later ones are augmented.
+    A picture that cannot be read is named, and the next one stands in.
+    HitaError if there are no pictures, or 20 in a row cannot be read."""
 
     def __init__(self, root: str | Path, split: str, size: int, augment: bool = False,
                  crop_range: float = 1.0, seed: int = 0):
         check(crop_range <= 1, f"crop_range is {crop_range}, it must be at most 1")
         self.root, self.split = Path(root) / split, split
-        self.size, self.augment, self.crop_range, self.seed = size, augment, crop_range, seed
+        self.size, self.augment = size, augment
+        self.crop_range, self.seed = crop_range, seed
         folder = Path(root) / "train"
         check(folder.is_dir(), f"no folder {folder}: put pictures in {folder}/<class>/")
         self.classes = [entry.name for entry in data_entries(folder)
@@ -1538,7 +1539,7 @@ class Pictures(torch.utils.data.Dataset):
         return len(self.samples)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """The picture or, where it cannot be read, the next that can, and its class."""
+        """The picture, or the next that can be read, and its class."""
         errors = []
         while len(errors) < min(20, len(self)):
             path, label = self.samples[(index + len(errors)) % len(self)]
@@ -1582,7 +1583,7 @@ def validation_pictures(train: Pictures) -> Pictures:
 
 @lru_cache(2)
 def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch goes through the data."""
+    """The order of the data in an epoch."""
     return np.random.default_rng((seed, epoch)).permutation(length)
 
 
@@ -1591,12 +1592,12 @@ def batch(step: int, length: int, batch_size: int, seed: int) -> list[tuple[int,
     share, rest = divmod(batch_size, world())
     check(rest == 0, f"batch_size {batch_size} is no multiple of {world()} processes")
     first = (step - 1) * batch_size + rank() * share
-    places = (divmod(position, length) for position in range(first, first + share))
-    return [(epoch, epoch_order(length, seed, epoch)[place].item()) for epoch, place in places]
+    places = (divmod(i, length) for i in range(first, first + share))
+    return [(epoch, epoch_order(length, seed, epoch)[i].item()) for epoch, i in places]
 
 
 def new_array(path: Path, dtype: type, shape: tuple[int, ...], copies: int = 1) -> None:
-    """Zeros as a .npy file. HitaError without room: later a full disk would kill who maps it."""
+    """Zeros as a .npy file. HitaError without room: a full disk would kill who maps it."""
     needed = copies * math.prod(shape) * np.dtype(dtype).itemsize
     free = shutil.disk_usage(path.parent).free
     check(needed < free, f"{path} takes {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
@@ -1614,7 +1615,7 @@ def picture_array(path: Path, count: int, size: int) -> np.ndarray:
 
 
 def pack_pictures(path: Path, *labels: np.ndarray) -> None:
-    """Pack that array, which nobody uses any more, as .npz: arr_0, as ADM has it, labels arr_1."""
+    """Pack that array, no longer in use, as .npz: arr_0, as ADM has it, labels arr_1."""
     barrier()
     if rank() == 0:
         raw = path.with_name(f".{path.name}.raw")  # Windows would not remove a mapped file
@@ -1651,11 +1652,12 @@ def optimizer_step(optimizer: torch.optim.Optimizer, model: nn.Module, clip: flo
 
 
 class Log:
-    """Lines of figures, printed and appended to a JSON file, without lines after `start`."""
+    """Lines of figures, printed and added to a JSON file; drops lines after `start`."""
 
     def __init__(self, path: Path, steps: int, start: int):
         self.path, self.steps = path, steps
-        self.values, self.last, self.since = {}, start, time.time()  # name: (sum, times)
+        self.values = {}  # (name, is a count): (sum, times)
+        self.last, self.since = start, time.time()
         if rank() == 0 and path.exists():
             lines = path.read_text().splitlines(keepends=True)
             whole = [x for x in lines if x.endswith("}\n")]  # not what a killed write left
@@ -1682,7 +1684,7 @@ class Log:
     def line(self, step: int, figures: dict[str, float]) -> None:
         """A line of these figures."""
         if rank() == 0:
-            text = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            text = " ".join(f"{name} {x:.4g}" for name, x in figures.items())
             print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}", flush=True)
             with open(self.path, "a") as f:
                 f.write(json.dumps({"step": step, **figures} | {"step": step}) + "\n")
@@ -1691,11 +1693,11 @@ class Log:
 
 # ---- Checkpoints: plain tensors and values, loaded with weights_only=True ----
 #
-# kind, step, config, recipe; states of model, ema, optimizer, ...; classes of a Llama; made_from:
-# data (folder, None: embedded), pictures, preset, dino_file, tokenizer, tokenizer_hash.
+# kind, step, config, recipe; states of model, ema, optimizer, ...; classes of a Llama;
+# made_from: data (None: embedded), pictures, preset, dino_file, tokenizer, tokenizer_hash.
 
 def check_writable(path: Path, folder: bool = False) -> None:
-    """HitaError unless a file, or folder, can be written there; makes nothing."""
+    """HitaError unless a file or folder can be written there; makes nothing."""
     place = next(x for x in path.absolute().parents if os.path.exists(x))
     fits = not os.path.exists(path) or os.path.isdir(path) == folder and os.access(path, os.W_OK)
     check(fits and os.path.isdir(place) and os.access(place, os.W_OK),
@@ -1703,7 +1705,7 @@ def check_writable(path: Path, folder: bool = False) -> None:
 
 
 def write_file(path: Path, write) -> None:
-    """write(file) fills a temporary file, which moves into place. HitaError if it cannot."""
+    """write(file) fills a temporary file, which moves to path. HitaError if it cannot."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1733,8 +1735,8 @@ KINDS = {"tokenizer": (TokenizerConfig, HitaTokenizer, "train_tokenizer.py"),
 
 
 def read_checkpoint(path: str | Path, kind: str) -> dict:
-    """A file or released model; "config" is a dataclass, "ema" holds weights under our names.
-    HitaError if there is none, or one that would run code or holds something else."""
+    """A file or released model; "config" is a dataclass, "ema" has weights under our names.
+    HitaError if there is none, or it would run code or holds something else."""
     Config, _, script = KINDS[kind]
     if str(path) in RELEASED:
         path = released_file(str(path), kind)
@@ -1758,7 +1760,7 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
 
 
 def settings_of(Config, values: dict, path: str | Path):
-    """Settings of a checkpoint. HitaError for those that this version does not know."""
+    """Settings of a checkpoint. HitaError for those unknown to this version."""
     usual = vars(Config())
     wrong = {name: x for name, x in values.items()
              if name not in usual or isinstance(x, str) != isinstance(usual[name], str)}
@@ -1767,6 +1769,7 @@ def settings_of(Config, values: dict, path: str | Path):
 
 
 MAY_CHANGE = "k beta dropout token_dropout class_dropout image_size grid num_classes".split()
+FIXED = {"seed", "batch_size", "gan_width", "copies", "pictures"}  # as the model's settings
 
 
 def as_flag(name: str, value) -> str:
@@ -1776,9 +1779,9 @@ def as_flag(name: str, value) -> str:
 
 
 def check_start(path: str, theirs, ours, presets: dict) -> None:
-    """HitaError where weights of settings `theirs` do not go on as `ours`; names what fits."""
-    differ = lambda cfg: [as_flag(name, value) for name, value in vars(theirs).items()
-                          if name not in MAY_CHANGE and value != getattr(cfg, name)]
+    """HitaError if weights made with `theirs` do not go on as `ours`; names what fits."""
+    differ = lambda cfg: [as_flag(name, x) for name, x in vars(theirs).items()
+                          if name not in MAY_CHANGE and x != getattr(cfg, name)]
     fits = [f", or --preset {name}" for name, preset in presets.items() if not differ(preset)]
     check(not differ(ours), f"{path} needs {' '.join(differ(ours))}{''.join(fits)}")
 
@@ -1788,7 +1791,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path)
     try:
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as e:
-        raise HitaError(f"{path} does not fit: {str(e).strip().splitlines()[-1].strip()}") from e
+        last = str(e).strip().splitlines()[-1].strip()
+        raise HitaError(f"{path} does not fit: {last}") from e
 
 
 def load_model(path: str | Path, kind: str) -> HitaTokenizer | Llama:
@@ -1801,9 +1805,9 @@ def load_model(path: str | Path, kind: str) -> HitaTokenizer | Llama:
 
 
 def load_tokenizer(path: str | Path, dino: str | None = None) -> HitaTokenizer:
-    """A tokenizer of a file, or prints, hita-v, hita-u: EMA weights, in eval mode, on the CPU.
-    dino: file of the DINOv2 that encoding needs; add_dino fetches the Hub's. HitaError if a file
-    is missing or does not fit."""
+    """A tokenizer of a file, or prints, hita-v, hita-u: EMA weights, eval mode, on the CPU.
+    dino: file of the DINOv2 that encoding needs; add_dino fetches the Hub's.
+    HitaError if a file is missing or does not fit."""
     tokenizer = load_model(path, "tokenizer")
     return add_dino(tokenizer, dino) if dino else tokenizer
 
@@ -1818,7 +1822,7 @@ def load_llama(path: str | Path) -> Llama:
 
 
 def add_dino(tokenizer: HitaTokenizer, file: str | Path | None = None) -> HitaTokenizer:
-    """The tokenizer with the DINOv2 that it needs: of a file, or the Hub."""
+    """The tokenizer with the DINOv2 it needs: of a file, or the Hub."""
     if tokenizer.cfg.uses_dino:
         tokenizer.attach_dino(DINOv2(tokenizer.cfg.dino, file))
     return tokenizer
@@ -1837,13 +1841,13 @@ def fingerprint(*parts) -> str:
 
 
 def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str, HitaTokenizer]:
-    """Path and tokenizer of a Llama: the flag's, or else as recorded, or the file beside it.
+    """Path and tokenizer of a Llama: the flag's, else the recorded one, or that beside it.
     HitaError if the weights do not have the recorded hash."""
     wanted, recorded = made_from.get("tokenizer_hash"), made_from.get("tokenizer")
     both_released = flag in RELEASED and recorded in RELEASED
     check(flag == recorded or not both_released,
           f"this Llama goes with {recorded}, not with {flag}")
-    places = [flag] if flag else [place for place in (recorded, str(beside)) if place]
+    places = [flag] if flag else [x for x in (recorded, str(beside)) if x]
     for path in places:
         if not wanted or path in RELEASED or Path(path).is_file():
             tokenizer = load_tokenizer(path)
@@ -1855,7 +1859,8 @@ def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str
 
 def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
     """What --resume continues, None for a new run. HitaError for a taken place."""
-    newest, log = Path(args.out, f"{kind}.pt"), Path(args.out, f"{kind}.jsonl")
+    newest = Path(args.out, f"{kind}.pt")
+    log = newest.with_suffix(".jsonl")
     check_writable(log)
     path = Path(args.resume or newest)
     if args.resume is None:
@@ -1873,24 +1878,21 @@ def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
     return {**saved, "recipe": settings_of(Recipe, saved["recipe"], path), "path": path}
 
 
-FIXED = {"seed", "batch_size", "gan_width", "copies", "pictures"}  # beside the model's settings
-
-
 def check_resume(saved: dict, cfg, recipe, pictures: int) -> None:
     """HitaError for a setting that cannot change within a run."""
     old = {**saved["made_from"], **vars(saved["config"]), **vars(saved["recipe"])}
     new = {**vars(cfg), **vars(recipe), "pictures": pictures}
-    wrong = ", ".join(f"{name} is {value} and was {old.get(name)}" for name, value in new.items()
-                      if value != old.get(name) and name in FIXED | vars(cfg).keys())
+    wrong = ", ".join(f"{name} is {x} and was {old.get(name)}" for name, x in new.items()
+                      if x != old.get(name) and name in FIXED | vars(cfg).keys())
     check(not wrong, f"{wrong}: fixed within a run; leave it, or start another with --out")
     done = " (all done: raise --steps)" if saved["step"] >= recipe.steps else ""
     say(f"resuming {saved['path']} after step {saved['step']}{done}")
 
 
 def sources(args: argparse.Namespace, earlier: dict) -> tuple[dict, Path]:
-    """Paths by flags or a checkpoint -> those to record, that of the pictures."""
+    """Paths by flags or a checkpoint -> those to record, the pictures' path."""
     paths = {name: getattr(args, name) or earlier.get(name) for name in ("data", "dino_file")}
-    paths = {name: path and os.path.abspath(path) for name, path in paths.items()}
+    paths = {name: x and os.path.abspath(x) for name, x in paths.items()}
     root = paths["data"]
     check(args.data or not root or Path(root).is_dir(),
           f"the checkpoint was made from {root}, not there now: give --data")
@@ -1898,7 +1900,7 @@ def sources(args: argparse.Namespace, earlier: dict) -> tuple[dict, Path]:
 
 
 def export(args: argparse.Namespace, kind: str) -> None:
-    """--export: the weights in half precision, and no paths of this machine."""
+    """--export: weights in half precision, and no paths of this machine."""
     path = Path(args.export)
     check(not path.exists(), f"{path} exists already")
     check_writable(path)
@@ -1908,7 +1910,8 @@ def export(args: argparse.Namespace, kind: str) -> None:
     facts["config"] = vars(data["config"])
     made = {**data["made_from"], "dino_file": None}
     made["data"] = "/elsewhere" if made.get("data") else None
-    made["tokenizer"] = next((x for x in RELEASED if x == made.get("tokenizer")), None)
+    tokenizer = made.get("tokenizer")
+    made["tokenizer"] = tokenizer if tokenizer in RELEASED else None
     write_file(path, partial(torch.save, {**facts, "made_from": made}))
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
@@ -1917,7 +1920,7 @@ def restore(saved: dict | None, parts: dict) -> int:
     """States of a checkpoint, if any, into the parts of a run -> steps done."""
     for name, part in parts.items() if saved else ():
         state = saved[name]
-        # of an optimizer the moments; its learning rate and the like are today's
+        # of an optimizer the moments; its learning rate etc. are today's
         if isinstance(part, torch.optim.Optimizer):
             state = {**part.state_dict(), "state": state["state"]}
         part.load_state_dict(state)
@@ -1976,7 +1979,7 @@ RELEASED_LLAMA = {
 
 
 def from_released(weights: dict[str, Tensor]) -> dict:
-    """A released file's tensors as a checkpoint of ours; of another file empty."""
+    """A released file's tensors as our checkpoint; empty for another file."""
     weights = {str(name): x for name, x in weights.items() if isinstance(x, Tensor)}
     is_llama, ours = "output.weight" in weights, {}
     names = RELEASED_LLAMA if is_llama else RELEASED_TOKENIZER
