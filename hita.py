@@ -48,7 +48,7 @@ def check(condition: bool, message: str) -> None:
         raise HitaError(message)
 
 
-# ==== PART 1: HITA, all that the models compute, in the order of the data ====
+# ==== PART 1: HITA, in the order of the data (world, check_ids: Part 2) ====
 #
 # ---- Settings: each field becomes a flag of the scripts, its comment the help --
 
@@ -326,9 +326,9 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 class Attention(nn.Module):
     """Multi-head attention, bidirectional or causal. (B, T, D) -> (B, T, D)
-    Bidirectional: no biases on q, k, v, dropout on the output.
-    Causal: biases, dropout on the probabilities.
-    The only reason: the released model joins two code bases."""
+    Bidirectional: no biases on q, k, v, dropout on the output. Causal: biases, dropout on the
+    probabilities; the released model joins two code bases.
+    mask (T, T): True where a row sees a column."""
 
     def __init__(self, dim: int, heads: int, causal: bool, dropout: float):
         super().__init__()
@@ -401,7 +401,7 @@ class QueryExtractor(nn.Module):
     """Patches (B, D, h, w), DINOv2 tokens -> queries (B, M, D), patches (B, N, D).
     Stage 1 is bidirectional: to summarise the picture, the queries look at everything.
     Stage 2 is causal over [queries; patches]: a query sees only those before it, as the Llama
-    will when it predicts them. Patches have learned positions, a query is its own."""
+    will when it predicts them. Only patches get positions: queries are learned."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -493,7 +493,7 @@ class Centring(nn.Module):
                 check(len(z) * world() > 1, "centring needs two pictures: raise --batch-size")
                 # over the batch and, for common statistics, over positions
                 dims = (0,) if len(mean) > 1 else (0, 1)
-                # and over processes; without a gradient through both the mean runs away
+                # and processes; gradients flow through both, or the mean runs away
                 mean = AllMean.apply(z.mean(dims, keepdim=True))[0]  # (positions, C)
                 var = AllMean.apply((z - mean).square().mean(dims, keepdim=True))[0]
                 n = world() * z[..., 0].numel() // len(mean)  # values behind each statistic
@@ -645,7 +645,7 @@ class HitaTokenizer(nn.Module):
         self.__dict__["dino"] = dino
 
     def dino_tokens(self, images: Tensor) -> Tensor | None:
-        """Frozen features (B, 257, dino_dim), None in a model without."""
+        """Frozen features (B, 257, dino_dim), None in a model without. HitaError if missing."""
         if not self.cfg.uses_dino:
             return None
         check(self.dino is not None, f"encoding needs {self.cfg.dino}: add_dino(tokenizer, file)")
@@ -695,7 +695,7 @@ class HitaTokenizer(nn.Module):
         return self.render(global_codes, self.patch_quantizer.lookup(patch_ids), grid)
 
     def forward(self, images: Tensor) -> TokenizerOutput:
-        """For training: the loss reaches the encoder through the codes."""
+        """Images (B, 3, H, W), for training: gradients pass the codes."""
         dino_tokens = self.dino_tokens(images)  # (B, 257, dino_dim) or None
         global_z, patch_z = self.embed(images, dino_tokens)
         patch_codes, patch_ids, codebook_loss = self.patch_quantizer(patch_z)
@@ -769,7 +769,7 @@ class PatchDiscriminator(nn.Module):
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Hinge loss (Lim & Ye 2017) of the logits for real and reconstructed images."""
-    # pushes real logits above 1, fake ones below -1, and no further
+    # pushes real logits above 1, fake ones below -1, no further
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
 
@@ -784,8 +784,8 @@ def position_rotations(num_global: int, grid: int, head_dim: int) -> tuple[Tenso
     """cos and sin (M + N, head_dim / 2) by which channel pairs of q and k turn at each input.
     Inputs 0 .. M-1 do not turn, they have a learned shift.
     M + 1 + i (patch i): 2-D RoPE, half the pairs turn with the row, half with the column.
-    M, the last global: cos = sin = 0, its attention is uniform over 0 .. M, and its key's logit
-    is 0 for later queries. An accident of the released code; the released weights need it."""
+    M, the last global (the class if M = 0): cos = sin = 0, its attention is uniform over 0 .. M,
+    its key's logit 0 for later queries. An accident, which the released weights need."""
     pairs = head_dim // 2
     theta = 10000.0 ** (-2 * torch.arange(pairs // 2) / pairs)  # (pairs/2,)
     angle = torch.arange(grid)[:, None] * theta  # (grid, pairs/2)
@@ -919,7 +919,7 @@ class Llama(nn.Module):
                  top_k: int = 0, top_p: float = 1.0, given: Tensor | None = None, seed: int = 0,
                  random: Tensor | None = None, released_sampling: bool = False,
                  progress: bool = False) -> tuple[Tensor, Tensor]:
-        """Draw pictures of classes (B,), int64 -> global ids (B, M), patch ids (B, N).
+        """In eval mode: draw classes (B,), int64 -> global ids (B, M), patch ids (B, N).
         cfg_scale: strength of classifier-free guidance (Ho & Salimans 2022), 1 is without.
         temperature, top_k, top_p: see filter_logits; top_k=1 is greedy.
         given (B, P): the first P ids. random (B, M + N): else random_numbers of the seed.
@@ -967,7 +967,7 @@ class Llama(nn.Module):
         check_ids("given patch ids", ids[:, M:], (None, None), sizes[1])
         return ids
 
-    @torch.inference_mode(False)  # or a call outside of it could not use them
+    @torch.inference_mode(False)  # kept ones serve calls outside, too
     def empty_caches(self, batch: int, dtype: torch.dtype, device: torch.device,
                      kept: bool = False) -> list[tuple]:
         """Keys and values of each block for all inputs, (batch, heads, M + N, d)."""
