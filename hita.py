@@ -19,7 +19,7 @@ reads a state per patch, taken k positions early: none sees its own patch, all n
 Letters in shapes: B batch, H W pixels, h w patch grid, N = h*w patch tokens, M global tokens,
 D latent width, C code width (12 global, 8 patch), V codebook size, T sequence length,
 d channels of a head, f stride (pixels per patch side), k positions of k-replacement.
-Images are float tensors (B, 3, H, W) in [-1, 1]; token ids are int64.
+Images are float (B, 3, H, W) in [-1, 1], token ids int64.
 """
 
 from __future__ import annotations
@@ -551,7 +551,7 @@ class Fusion(nn.Module):
 
     The first k cells see globals alone (cell k-1 is the first to see all M), later ones
     also the patches up to i - k. With k > 0 none sees its own: the globals must help.
-    The last k patches reach no cell; the Llama predicts them all the same."""
+    The last k patches reach no cell; the Llama still predicts them."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -641,7 +641,7 @@ class HitaTokenizer(nn.Module):
         ours = self.cfg.dino_dim
         width = ours if dino is None else dino.vit.embed_dim
         check(width == ours, f"dino_dim is {ours}, this has {width}")
-        # not registered as a part: no optimizer, EMA, DDP or checkpoint may see it
+        # not a submodule: no optimizer, EMA, DDP or checkpoint may see it
         self.__dict__["dino"] = dino
 
     def dino_tokens(self, images: Tensor) -> Tensor | None:
@@ -695,7 +695,7 @@ class HitaTokenizer(nn.Module):
         return self.render(global_codes, self.patch_quantizer.lookup(patch_ids), grid)
 
     def forward(self, images: Tensor) -> TokenizerOutput:
-        """Images (B, 3, H, W), for training: gradients pass the codes."""
+        """Images (B, 3, H, W), for training: gradients pass through the codes."""
         dino_tokens = self.dino_tokens(images)  # (B, 257, dino_dim) or None
         global_z, patch_z = self.embed(images, dino_tokens)
         patch_codes, patch_ids, codebook_loss = self.patch_quantizer(patch_z)
@@ -919,10 +919,10 @@ class Llama(nn.Module):
                  top_k: int = 0, top_p: float = 1.0, given: Tensor | None = None, seed: int = 0,
                  random: Tensor | None = None, released_sampling: bool = False,
                  progress: bool = False) -> tuple[Tensor, Tensor]:
-        """In eval mode: draw classes (B,), int64 -> global ids (B, M), patch ids (B, N).
+        """In eval mode: pictures of classes (B,), int64 -> global ids (B, M), patch ids (B, N).
         cfg_scale: strength of classifier-free guidance (Ho & Salimans 2022), 1 is without.
         temperature, top_k, top_p: see filter_logits; top_k=1 is greedy.
-        given (B, P): the first P ids. random (B, M + N): else random_numbers of the seed.
+        given (B, P): the first P ids. random (B, M + N): as of random_numbers, else of the seed.
         released_sampling: embed the last global as a patch, as the released code does by mistake.
         HitaError for what is out of range."""
         M, total = self.cfg.num_global, len(self.cos)  # M, M + N

@@ -316,7 +316,7 @@ def evaluate_checkpoint(args) -> None:
     del arrays
     for file in files:
         hita.pack_pictures(file)
-    known = encode_all(tokenizer, train, 1 + len(train) // 20_000, workers)
+    known = encode_all(tokenizer, train, -(-len(train) // 20_000), workers)
     for name, counts in id_counts(*known[1:], cfg).items():
         figures |= hita.usage(name, counts)
     if val.split != "train":  # or probes would be judged on what they were fitted to
