@@ -1,8 +1,8 @@
 """Hita, the holistic tokenizer for autoregressive image generation, in one file.
 
-ICCV 2025, arXiv 2507.02358. Most image tokenizers give a picture one code per patch.
-Hita puts M *global* (holistic) tokens before them, which describe it as a whole. The decoder
-reads a state per patch, taken k positions early: none sees its own patch, all need the globals:
+ICCV 2025, arXiv 2507.02358. Most image tokenizers give a picture one token per patch. Hita puts M
+*global* (holistic) tokens before them, which describe the picture as a whole. The decoder reads
+one state per patch, and reads it k positions early, so that it has to make use of the globals:
 
     image (B, 3, H, W)
       Encoder             conv VQGAN, stride f                  -> (B, D, h, w), N = h*w
@@ -10,8 +10,8 @@ reads a state per patch, taken k positions early: none sees its own patch, all n
       QueryExtractor      [M queries; DINOv2; N patches] bidirectional,
                           then [M queries; N patches] causal    -> (B, M, D), (B, N, D)
       2 VectorQuantizers  a codebook of V codes for each kind   -> ids (B, M), (B, N)
-      Fusion              [M global; N patch] causal; keeps N states
-                          in a row, from that of global M-k on  -> (B, N, D)
+      Fusion              [M global; N patch] causal; keeps the N
+                          states in a row that start at M - k   -> (B, N, D)
       Decoder             conv VQGAN                            -> (B, 3, H, W)
 
     class -> Llama -> M global ids -> N patch ids -> Fusion, Decoder -> a new picture
@@ -19,27 +19,47 @@ reads a state per patch, taken k positions early: none sees its own patch, all n
 Letters in shapes: B batch, H W pixels, h w patch grid, N = h*w patch tokens, M global tokens,
 D latent width, C code width (12 global, 8 patch), V codebook size, T sequence length,
 d channels of a head, f stride (pixels per patch side), k positions of k-replacement.
-Images are float (B, 3, H, W) in [-1, 1], token ids int64.
+Images are float (B, 3, H, W) in [-1, 1], token ids are int64.
+
+Part 1 is the method, in the order in which data flows. Part 2 is what the three scripts share.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import copy
+import inspect
+import json
 import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
+from pathlib import Path
+from typing import NamedTuple
 
+import huggingface_hub.utils
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 import torchvision.transforms.functional as TF
+from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from tqdm import tqdm
 
 
 class HitaError(ValueError):
-    """A user error; the scripts report it in one line."""
+    """A mistake that a user can mend. The scripts report it in one line."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -48,9 +68,20 @@ def check(condition: bool, message: str) -> None:
         raise HitaError(message)
 
 
-# ==== PART 1: HITA, in the order of the data (world, check_ids: Part 2) ====
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ==== PART 1: THE METHOD =========================================================================
 #
-# ---- Settings: each field becomes a flag of the scripts, its comment the help --
+# Settings; conv nets; DINOv2; attention; query extractor; quantizer; fusion; tokenizer; losses and
+# discriminator; Llama and sampling; what is not in the paper.
+
+
+# ---- Settings ------------------------------------------------------------------------------------
+#
+# Each field becomes a flag of the scripts, and the comment behind it becomes the flag's help.
 
 @dataclass
 class TokenizerConfig:
@@ -79,10 +110,10 @@ class TokenizerConfig:
     def __post_init__(self):
         check(self.grid > 0 and self.image_size % self.stride == 0,
               f"image_size {self.image_size} is no multiple of the stride {self.stride}")
-        check(self.channels % 4 == 0, f"channels is {self.channels}, no multiple of 4")
-        check(self.heads > 0 and self.latent_dim % self.heads == 0,
+        check(self.latent_dim % self.heads == 0,
               f"latent_dim {self.latent_dim} is not divisible by {self.heads} heads")
-        check(self.k <= self.num_global, f"k is {self.k}, above num_global {self.num_global}")
+        check(0 <= self.k <= self.num_global,
+              f"k is {self.k}, it must be from 0 to num_global, {self.num_global}")
         check(self.uses_dino or not self.vfm_recon, "vfm_recon needs DINOv2 and global tokens")
 
     @property
@@ -117,8 +148,13 @@ class LlamaConfig:
     patch_codebook_size: int = 16384  # codes V of the patch codebook
 
     def __post_init__(self):
-        check(self.heads > 0 and self.dim % (4 * self.heads) == 0,
+        check(self.dim % (4 * self.heads) == 0,
               f"dim {self.dim} is not divisible by 4 x {self.heads} heads (2-D RoPE)")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a picture, M + N."""
+        return self.num_global + self.grid ** 2
 
 
 TOKENIZERS = {
@@ -144,17 +180,19 @@ LLAMA_SIZES = {  # the paper's names, its nominal sizes and the true ones
 }
 
 
-# ---- Convolutional encoder and decoder (VQGAN, Esser et al. 2021) ------------
+# ---- Convolutional encoder and decoder (VQGAN, Esser et al. 2021) --------------------------------
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """As released from 128 channels on: up to 32 groups of at least 4. Below, a single one:
-    a norm removes what a group shares, and with groups of 4 the demo learned hues late."""
-    groups = math.gcd(32, channels // 4) if channels >= 128 else 1
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    """GroupNorm with 32 groups, as released, or with a single one below 128 channels.
+
+    A norm removes the mean and the scale of each group, so groups of very few channels lose much of
+    what these channels could say. With groups of four, the small nets of the demo learned late
+    that pictures have hues."""
+    return nn.GroupNorm(32 if channels >= 128 else 1, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
-    """norm, silu, conv, twice, plus the input. (B, c_in, H, W) -> (B, c_out, H, W)"""
+    """Norm, SiLU and convolution, twice, plus the input. (B, c_in, H, W) -> (B, c_out, H, W)"""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -181,8 +219,10 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = group_norm(channels)
-        conv = partial(nn.Conv2d, channels, channels, 1)
-        self.q, self.k, self.v, self.out = conv(), conv(), conv(), conv()
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
@@ -194,14 +234,14 @@ class AttnBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, perhaps with attention, then a resampling."""
+    """Residual blocks at one resolution, each perhaps followed by attention, then a resampling."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, attention: bool, resample: nn.Module):
         super().__init__()
         widths = [c_in] + [c_out] * blocks
-        attn = partial(AttnBlock, c_out) if attention else nn.Identity
         self.res = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:]))
-        self.attn = nn.ModuleList(attn() for _ in range(blocks))
+        self.attn = nn.ModuleList(
+            AttnBlock(c_out) if attention else nn.Identity() for _ in range(blocks))
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -211,17 +251,17 @@ class Level(nn.Module):
 
 
 def downsample(c: int) -> nn.Module:
-    """Halve the resolution: zeros on the right and below, then 3x3 with stride 2."""
+    """Halve the resolution: zeros on the right and below, then a 3x3 convolution of stride 2."""
     return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2))
 
 
 def upsample(c: int) -> nn.Module:
-    """Double the resolution: nearest neighbour, then 3x3."""
+    """Double the resolution: nearest neighbour, then a 3x3 convolution."""
     return nn.Sequential(nn.Upsample(scale_factor=2.0), nn.Conv2d(c, c, 3, padding=1))
 
 
 def stack(c: int, widths: list[int], blocks: int, resample, lowest: int) -> nn.Sequential:
-    """Levels of these widths, resampled in between; the lowest has attention."""
+    """Levels of these widths with a resampling between them. The lowest one has attention."""
     levels = []
     for i, width in enumerate(widths):
         after = resample(width) if i < len(widths) - 1 else nn.Identity()
@@ -236,7 +276,10 @@ def middle(c: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Image (B, 3, H, W) in [-1, 1] -> patch embeddings (B, D, H/f, W/f)."""
+    """Image (B, 3, H, W) in [-1, 1] -> patch embeddings (B, D, H/f, W/f).
+
+    Any module that does the same can take its place, for example a ViT with patches of f pixels:
+    name it in HitaTokenizer.__init__."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -254,7 +297,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Fused states (B, D, h, w) -> image (B, 3, h*f, w*f), no output activation."""
+    """Fused states (B, D, h, w) -> image (B, 3, h*f, w*f), without an output activation."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -270,27 +313,33 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
 
 
-# ---- DINOv2 (Oquab et al. 2023): frozen features for the queries ----
+# ---- DINOv2 (Oquab et al. 2023): frozen features for the queries ---------------------------------
 
 class DINOv2(nn.Module):
-    """Frozen ViT. (B, 3, H, W) in [-1, 1] -> normalised cls and patch tokens (B, 257, dim).
-    name: a timm model. file: its weights, the original .pth or timm's; else the Hub's, or
-    random ones unless pretrained. HitaError if they cannot be had."""
+    """Frozen ViT: images (B, 3, H, W) in [-1, 1] -> normalised class token and patch tokens
+    (B, 1 + 256, dim).
+
+    name: a model of timm. file: its weights, as the original .pth or in timm's format; without a
+    file they come from the Hub, or are random with pretrained=False.
+    HitaError if they cannot be had, or if the model has no class token."""
     SIZE = 224  # the ViT always sees 224 px: 16 x 16 patches of 14 px
 
     def __init__(self, name: str = TokenizerConfig.dino, file: str | Path | None = None,
                  pretrained: bool = True):
         super().__init__()
-        import timm  # slow to import, and decoding does without
-        load = partial(timm.models.load_state_dict, weights_only=True)
+        import timm  # here, because it is slow to import and decoding does without it
+        given = {}
         try:
-            given = {"state_dict": load(file)} if file else {}  # then timm does not fetch
+            if file is not None:  # then timm does not fetch the weights
+                given["state_dict"] = timm.models.load_state_dict(file, weights_only=True)
             self.vit = timm.create_model(name, pretrained, num_classes=0, img_size=self.SIZE,
                                          pretrained_cfg_overlay=given)
-        except Exception as e:  # files, network, timm: many kinds
-            raise HitaError(f"cannot load {name} from {file or 'the Hub'} ({type(e).__name__}): "
-                            "name a file by --dino-file") from e
-        self.vit.pretrained_cfg.pop("state_dict", None)  # timm keeps a second copy
+        except Exception as e:  # files, the network and timm raise many kinds
+            raise HitaError(f"cannot load {name} from {file or 'the Hub'}: {first_line(e)} "
+                            "(a file of weights is named by --dino-file)") from e
+        check(getattr(self.vit, "cls_token", None) is not None,
+              f"{name} has no class token, a DINOv2 has one")
+        self.vit.pretrained_cfg.pop("state_dict", None)  # timm would keep a second copy
         for stat, rgb in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             self.register_buffer(stat, torch.tensor(rgb)[:, None, None])
         self.eval().requires_grad_(False)
@@ -299,25 +348,29 @@ class DINOv2(nn.Module):
         """(B, 3, H, W) in [-1, 1] -> (B, 3, 224, 224) as the ViT wants it, in float32."""
         with torch.autocast(images.device.type, enabled=False):
             images = images.float()
-            # a picture that shrinks is blurred first, as in kornia's resize
+            # A picture that shrinks is blurred first, as in kornia's resize.
             factors = [side / self.SIZE for side in images.shape[-2:]]
             if max(factors) > 1:
                 sigmas = [max((f - 1) / 2, 0.001) for f in factors]
                 sizes = [int(max(4 * s, 3)) // 2 * 2 + 1 for s in sigmas]  # the next odd one
                 images = TF.gaussian_blur(images, sizes[::-1], sigmas[::-1])  # x before y
-            # the released weights were trained with align_corners=True
+            # The released weights were trained with align_corners=True.
             images = F.interpolate(images, self.SIZE, mode="bicubic", align_corners=True)
             return ((images.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.vit.forward_features(self.preprocess(images))  # (B, 1 + 4 + 256, dim)
-        # the four registers are scratch memory of the ViT and say nothing
+        # The four registers are scratch memory of the ViT and say nothing about the picture.
         cls, patches = tokens[:, :1], tokens[:, self.vit.num_prefix_tokens:]
-        return torch.cat([cls, patches], dim=1)  # (B, 257, dim)
+        return torch.cat([cls, patches], dim=1)  # (B, 1 + 256, dim)
 
 
-# ---- The transformer layer of the tokenizer ----------------------------------
+# ---- The transformer layer of the tokenizer ------------------------------------------------------
+
+# What a token sees. A mask (T, T) of booleans, True where a row sees a column, says anything else.
+EVERYTHING = "everything"
+BEFORE = "before"  # itself and those before it: causal attention
+
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, T, heads * d) -> (B, heads, T, d)"""
@@ -325,38 +378,47 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention, bidirectional or causal. (B, T, D) -> (B, T, D)
-    Bidirectional: no biases on q, k, v, dropout on the output. Causal: biases, dropout on the
-    probabilities; the released model joins two code bases.
-    mask (T, T): True where a row sees a column."""
+    """Multi-head self-attention. (B, T, D) -> (B, T, D)
 
-    def __init__(self, dim: int, heads: int, causal: bool, dropout: float):
+    qkv_bias: whether q, k and v have biases. drop_probabilities: whether dropout acts on the
+    attention probabilities or, if not, on the output. The released model has both kinds, because it
+    joins two code bases."""
+
+    def __init__(self, dim: int, heads: int, dropout: float, qkv_bias: bool,
+                 drop_probabilities: bool):
         super().__init__()
-        self.heads, self.causal, self.dropout = heads, causal, dropout
-        linear = partial(nn.Linear, dim, dim, bias=causal)
-        self.q, self.k, self.v = linear(), linear(), linear()
+        self.heads = heads
+        self.dropout = dropout
+        self.drop_probabilities = drop_probabilities
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.k = nn.Linear(dim, dim, bias=qkv_bias)
+        self.v = nn.Linear(dim, dim, bias=qkv_bias)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        dropout = self.dropout if self.training and torch.is_grad_enabled() else 0.0
+    def forward(self, x: Tensor, sees: str | Tensor) -> Tensor:
+        """sees: EVERYTHING, BEFORE, or a mask (T, T) that is True where a row sees a column."""
+        # BEFORE needs no mask, which allows fast kernels.
+        mask = None if sees is EVERYTHING or sees is BEFORE else sees
+        dropout = self.dropout if self.training else 0.0
+
         q = split_heads(self.q(x), self.heads)  # (B, heads, T, d)
         k = split_heads(self.k(x), self.heads)
         v = split_heads(self.v(x), self.heads)
-        # is_causal instead of a mask allows fast kernels
         x = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=self.causal and mask is None,
-            dropout_p=dropout if self.causal else 0.0)
+            q, k, v, attn_mask=mask, is_causal=sees is BEFORE,
+            dropout_p=dropout if self.drop_probabilities else 0.0)
         x = self.out(x.transpose(1, 2).flatten(2))  # (B, T, D)
-        return x if self.causal else F.dropout(x, dropout)
+        return x if self.drop_probabilities else F.dropout(x, dropout)
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(u) * v) with u, v the halves of w12(x). (B, T, D) -> (B, T, D)"""
+    """w3(silu(u) * v), where u and v are the halves of w12(x). (B, T, D) -> (B, T, D)"""
 
     def __init__(self, dim: int):
         super().__init__()
-        hidden = (8 * dim // 3 + 7) // 8 * 8  # 8/3 of dim, rounded up
-        self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
+        hidden = (8 * dim // 3 + 7) // 8 * 8  # 8/3 of dim, rounded up to a multiple of 8
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         u, v = self.w12(x).chunk(2, dim=-1)
@@ -364,18 +426,26 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each pre-norm with a residual. (B, T, D) -> (B, T, D)"""
+    """Attention and feed-forward, each behind a norm and with a residual. (B, T, D) -> (B, T, D)
 
-    def __init__(self, cfg: TokenizerConfig, causal: bool):
+    qkv_bias, drop_probabilities and sees are those of Attention."""
+
+    def __init__(self, cfg: TokenizerConfig, qkv_bias: bool, drop_probabilities: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(cfg.latent_dim)
-        self.attn = Attention(cfg.latent_dim, cfg.heads, causal, cfg.dropout)
+        self.attn = Attention(
+            cfg.latent_dim, cfg.heads, cfg.dropout, qkv_bias, drop_probabilities)
         self.norm2 = nn.LayerNorm(cfg.latent_dim)
         self.ffn = SwiGLU(cfg.latent_dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), mask)
+    def forward(self, x: Tensor, sees: str | Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), sees)
         return x + self.ffn(self.norm2(x))
+
+
+def layers(cfg: TokenizerConfig, qkv_bias: bool, drop_probabilities: bool) -> nn.ModuleList:
+    """The cfg.layers layers of one stage."""
+    return nn.ModuleList(Layer(cfg, qkv_bias, drop_probabilities) for _ in range(cfg.layers))
 
 
 def learned(length: int, dim: int) -> nn.Parameter:
@@ -389,19 +459,22 @@ def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
     if (h, w) == (side, side):
         return positions
     grid = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, G, G)
-    # the 0.1 shifts the sampling step a little, as in DINO and the released model
+    # The 0.1 moves the sampling points a little, as in DINO and in the released model.
     scale = (h + 0.1) / side, (w + 0.1) / side
     grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")  # (1, D, h, w)
     return row_by_row(grid)  # (1, h*w, D)
 
 
-# ---- Causal query extractor: M learnable queries gather what is global -------
+# ---- Causal query extractor: M learnable queries gather what is global ---------------------------
 
 class QueryExtractor(nn.Module):
-    """Patches (B, D, h, w), DINOv2 tokens -> queries (B, M, D), patches (B, N, D).
-    Stage 1 is bidirectional: to summarise the picture, the queries look at everything.
-    Stage 2 is causal over [queries; patches]: a query sees only those before it, as the Llama
-    will when it predicts them. Only patches get positions: queries are learned."""
+    """Patches (B, D, h, w) and frozen features (B, 1 + n, dino_dim) -> queries (B, M, D) and
+    patches (B, N, D).
+
+    In stage 1 the queries look at everything, because they are to summarise the picture. In stage
+    2 a query sees only the queries before it, as the Llama will when it predicts their ids. Only
+    patches get positions: the queries are learned, so each of them is a position of its own.
+    Where there are no frozen features, their tensor is empty, (B, 0, dino_dim)."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -412,38 +485,44 @@ class QueryExtractor(nn.Module):
             self.dino_proj = nn.Sequential(
                 nn.Linear(cfg.dino_dim, D, bias=False), nn.LayerNorm(D), nn.ReLU(),
                 nn.Linear(D, D, bias=False), nn.LayerNorm(D))
-        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.bidirectional = nn.Sequential(*[Layer(cfg, causal=False) for _ in range(cfg.layers)])
-        self.causal = nn.Sequential(*[Layer(cfg, causal=True) for _ in range(cfg.layers)])
+        self.norm1 = nn.LayerNorm(D)
+        self.norm2 = nn.LayerNorm(D)
+        self.bidirectional = layers(cfg, qkv_bias=False, drop_probabilities=False)
+        self.causal = layers(cfg, qkv_bias=True, drop_probabilities=True)
 
-    def forward(self, patches: Tensor, dino_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, patches: Tensor, dino_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        seen_in_stage_1 = EVERYTHING  # of [queries; DINOv2; patches]
+        seen_in_stage_2 = BEFORE  # of [queries; patches]
+
         B, _, h, w = patches.shape
         M, N = self.queries.shape[1], h * w
-        queries = self.queries.expand(B, -1, -1)  # (B, M, D)
-        patches = row_by_row(patches) + resize_positions(self.positions, h, w)  # (B, N, D)
+        parts = [self.queries.expand(B, -1, -1)]  # (B, M, D)
+        if dino_tokens.shape[1] > 0:
+            parts.append(self.dino_proj(dino_tokens))  # (B, 1 + n, D)
+        parts.append(row_by_row(patches) + resize_positions(self.positions, h, w))  # (B, N, D)
 
-        # stage 1: everything sees everything
-        parts = [queries, patches]
-        if dino_tokens is not None:
-            parts.insert(1, self.dino_proj(dino_tokens))
-        x = torch.cat(parts, dim=1)  # (B, M + 257 + N, D)
-        x = self.bidirectional(self.norm1(x))
+        x = self.norm1(torch.cat(parts, dim=1))  # (B, M + 1 + n + N, D)
+        for layer in self.bidirectional:
+            x = layer(x, seen_in_stage_1)
 
-        # stage 2: the DINOv2 tokens have done their work
-        x = torch.cat([x[:, :M], x[:, -N:]], dim=1)  # (B, M + N, D)
-        x = self.causal(self.norm2(x))
+        # The DINOv2 tokens have done their work.
+        x = self.norm2(torch.cat([x[:, :M], x[:, -N:]], dim=1))  # (B, M + N, D)
+        for layer in self.causal:
+            x = layer(x, seen_in_stage_2)
         return x[:, :M], x[:, M:]  # (B, M, D), (B, N, D)
 
 
-# ---- The quantizer, used twice: for global and for patch tokens --------------
+# ---- The quantizer, used twice: for global and for patch tokens ----------------------------------
 
 class VectorQuantizer(nn.Module):
     """The nearest of V codes on the unit sphere (VQ-VAE, van den Oord et al. 2017; ViT-VQGAN).
-    To use another (FSQ, LFQ, ...), name in HitaTokenizer.__init__ a class that offers
-    __init__(size, dim, beta): ids are below size, codes have dim channels, beta may be ignored;
-    forward: z (B, T, C) -> codes (B, T, C) with a gradient to z, ids (B, T), a loss, perhaps 0;
-    lookup: ids (B, T) -> the same codes. Both in float32, also under autocast.
-    Train with --no-revive-codes, or the demo takes RevivingQuantizer."""
+
+    Another quantizer (FSQ, LFQ, ...) can take its place: name it in HitaTokenizer.__init__. It is
+    called with the same three arguments, of which it may ignore some, and it has two methods:
+    forward: z (B, T, C) -> codes (B, T, C) with a gradient to z, ids (B, T) below the codebook
+    size of the configuration, and a loss, perhaps 0;
+    lookup: ids (B, T) -> the same codes (B, T, C).
+    Codes are in float32, also under autocast."""
 
     def __init__(self, size: int, dim: int, beta: float = 0.25):
         super().__init__()
@@ -452,19 +531,18 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Parameter(F.normalize(codebook, dim=-1))  # (V, C)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # float32 even under autocast: in bfloat16 one id in twenty would be another.
-        # encode is in float32 throughout; training may have computed z in bfloat16
+        # In bfloat16 one id in twenty would be another, so autocast does not reach this.
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=-1)  # (B, T, C)
             codebook = F.normalize(self.codebook.float(), dim=-1)  # (V, C)
-            # on the sphere the nearest code is the one with the largest cosine
+            # On the sphere the nearest code is the one with the largest cosine.
             ids = (z @ codebook.T).argmax(dim=-1)  # (B, T)
             codes = codebook[ids]  # (B, T, C)
-            # moves the codes to the encoder's outputs
+            # This term moves the codes to the encoder's outputs,
             loss = F.mse_loss(codes, z.detach())
-            # the commitment keeps these near their codes
+            # and this one, the commitment, keeps the outputs near their codes.
             loss = loss + self.beta * F.mse_loss(z, codes.detach())
-            # straight through: the values of the codes with the gradient of z
+            # Straight through: the values of the codes, with the gradient of z.
             return z + (codes - z).detach(), ids, loss
 
     def lookup(self, ids: Tensor) -> Tensor:
@@ -472,86 +550,23 @@ class VectorQuantizer(nn.Module):
         return F.normalize(self.codebook.float(), dim=-1)[ids]
 
 
-# ---- Not in the paper: centring and revival, for short trainings on small data --
-
-class Centring(nn.Module):
-    """BatchNorm1d without learned scale, over all processes: (B, T, C) -> (B, T, C) in float32.
-    Off in the released models. At first a query is much the same in all pictures:
-    its nearest code would be constant, and the decoder ignore it.
-    positions: T for statistics of each, 1 for common ones. HitaError for a batch of one."""
-
-    def __init__(self, positions: int, dim: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(positions, dim))
-        self.register_buffer("var", torch.ones(positions, dim))
-
-    def forward(self, z: Tensor) -> Tensor:
-        with torch.autocast(z.device.type, enabled=False):
-            z, mean, var = z.float(), self.mean.float(), self.var.float()
-            # evaluation and encode use what training has seen and add nothing
-            if self.training and torch.is_grad_enabled():
-                check(len(z) * world() > 1, "centring needs two pictures: raise --batch-size")
-                # over the batch and, for common statistics, over positions
-                dims = (0,) if len(mean) > 1 else (0, 1)
-                # and processes; gradients flow through both, or the mean runs away
-                mean = AllMean.apply(z.mean(dims, keepdim=True))[0]  # (positions, C)
-                var = AllMean.apply((z - mean).square().mean(dims, keepdim=True))[0]
-                n = world() * z[..., 0].numel() // len(mean)  # values behind each statistic
-                self.mean.lerp_(mean.detach(), 0.01)
-                self.var.lerp_(var.detach() * n / (n - 1), 0.01)
-            return (z - mean) * (var + 1e-5).rsqrt()
-
-
-class RevivingQuantizer(VectorQuantizer):
-    """Training moves codes that are hardly ever nearest, at first all, onto some of z."""
-
-    def __init__(self, size: int, dim: int, beta: float = 0.25):
-        super().__init__(size, dim, beta)
-        self.register_buffer("hits", torch.zeros(size))  # decaying count of uses, (V,)
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        learns = self.training and torch.is_grad_enabled()  # encode moves nothing
-        if learns:
-            self.revive(F.normalize(z.detach().float(), dim=-1).flatten(0, 1))
-        codes, ids, loss = super().forward(z)
-        if learns:
-            self.hits += all_sum(count_ids(ids, len(self.hits)).sum(dim=0))
-        return codes, ids, loss
-
-    @torch.no_grad()
-    def revive(self, z: Tensor) -> None:
-        """Put codes with fewer than 0.1 remembered uses onto some of z (B*T, C)."""
-        self.hits *= 0.9  # a use is forgotten after 22 steps
-        dead = self.hits < 0.1
-        # the first process chooses from the outputs of all: codebooks stay the same
-        every = z.new_zeros(world(), *z.shape)
-        every[rank()] = z
-        z = all_sum(every).flatten(0, 1)  # (world * B*T, C)
-        choice = torch.randint(len(z), dead.shape, device=z.device)
-        choice = all_sum(choice * (rank() == 0))
-        self.codebook.copy_(torch.where(dead[:, None], z[choice], self.codebook))
-        self.hits.masked_fill_(dead, 1.0)
-
-
-def count_ids(ids: Tensor, size: int) -> Tensor:
-    """How often each id stands at each position: (B, T) -> (T, size)."""
-    counts = torch.zeros(ids.shape[1], size, device=ids.device)
-    return counts.scatter_add_(1, ids.T, torch.ones_like(ids.T, dtype=counts.dtype))
-
-
-# ---- Fusion with k-replacement -----------------------------------------------
+# ---- Fusion with k-replacement -------------------------------------------------------------------
 
 class Fusion(nn.Module):
-    """Quantized globals (B, M, D), patches (B, N, D) -> a state for each cell (B, N, D).
-    Causal layers read [global; patch]. Cell i is the state at M - k + i, k before its patch:
+    """Global tokens (B, M, D) and patch tokens (B, N, D) -> a state for each cell (B, N, D).
+
+    Causal layers read [global; patch]. The decoder gets a window of N states that starts k
+    positions before the first patch, so cell i is the state at position M - k + i:
 
         position   0 ... M-k  ...  M-1 | M   M+1 ... M+N-1-k | M+N-k ... M+N-1
         token      globals             | patches 0, 1, ...   | the last k patches
         cell             0    ...  k-1 | k   k+1 ... N-1     | -
 
-    The first k cells see globals alone (cell k-1 is the first to see all M), later ones
-    also the patches up to i - k. With k > 0 none sees its own: the globals must help.
-    The last k patches reach no cell; the Llama still predicts them."""
+    The first k cells are made of global tokens alone, and cell k - 1 is the first to see all of
+    them. A later cell i also sees the patches up to i - k. With k > 0 no cell sees its own patch.
+    The last k patches reach no cell, yet the Llama predicts them like all others.
+
+    According to the paper the decoder ignores the globals without this, at k = 0."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -560,183 +575,276 @@ class Fusion(nn.Module):
         self.global_positions = learned(cfg.num_global, D)
         self.positions = learned(cfg.grid ** 2, D)
         self.norm = nn.LayerNorm(D)
-        self.layers = nn.ModuleList(Layer(cfg, causal=True) for _ in range(cfg.layers))
+        self.layers = layers(cfg, qkv_bias=True, drop_probabilities=True)
         if cfg.vfm_recon:
             self.mask_token = learned(1, D)
-            self.vfm_norm, self.vfm_proj = nn.LayerNorm(D), nn.Linear(D, cfg.dino_dim)
-        for m in self.modules():  # as released; the extractor keeps torch's defaults
-            if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
+            self.vfm_norm = nn.LayerNorm(D)
+            self.vfm_proj = nn.Linear(D, cfg.dino_dim)
 
-    def forward(self, globals_: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        M, N = globals_.shape[1], patches.shape[1]
-        globals_ = globals_ + self.global_positions  # (B, M, D)
-        patches = patches + resize_positions(self.positions, *grid)  # (B, N, D)
-        x = self.norm(torch.cat([globals_, patches], dim=1))  # (B, M + N, D)
+        # The released model starts like this here, and with torch's defaults in the extractor.
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, global_tokens: Tensor, patch_tokens: Tensor,
+                grid: tuple[int, int]) -> Tensor:
+        seen = BEFORE  # of [global; patch]
+
+        M, N = global_tokens.shape[1], patch_tokens.shape[1]
+        global_tokens = global_tokens + self.global_positions  # (B, M, D)
+        patch_tokens = patch_tokens + resize_positions(self.positions, *grid)  # (B, N, D)
+        x = self.norm(torch.cat([global_tokens, patch_tokens], dim=1))  # (B, M + N, D)
         for layer in self.layers:
-            x = layer(x)
-        # the N states that start k positions before the first patch
+            x = layer(x, seen)
+
         first = M - self.k
         return x[:, first:first + N]  # (B, N, D)
 
-    def reconstruct_features(self, globals_: Tensor, side: int) -> Tensor:
-        """Hita-U: global codes (B, M, D) -> DINOv2 patch features (B, side^2, dino_dim).
-        The same layers read [global; mask tokens]. Globals are causal and do not see the mask
-        tokens, which see everything; as released, globals have no positions here."""
-        B, M, _ = globals_.shape
-        positions = resize_positions(self.positions, side, side)  # (1, side^2, D)
-        masks = (self.mask_token + positions).expand(B, -1, -1)  # (B, side^2, D)
+    def reconstruct_features(self, global_tokens: Tensor, side: int) -> Tensor:
+        """Hita-U: global tokens (B, M, D) -> DINOv2 patch features (B, side^2, dino_dim).
+
+        The same layers read [global; mask tokens]. A global token sees the globals before it and
+        no mask token, and a mask token sees everything. As in the released model, the globals have
+        no positions here."""
+        B, M, _ = global_tokens.shape
         T = M + side ** 2
-        # row by row which keys a query sees
-        sees = torch.ones(T, T, dtype=torch.bool, device=globals_.device).tril()
-        sees[M:] = True
-        x = self.vfm_norm(torch.cat([globals_, masks], dim=1))  # (B, M + side^2, D)
+        seen = torch.ones(T, T, dtype=torch.bool, device=global_tokens.device).tril()
+        seen[M:] = True
+
+        positions = resize_positions(self.positions, side, side)  # (1, side^2, D)
+        mask_tokens = (self.mask_token + positions).expand(B, -1, -1)  # (B, side^2, D)
+        x = self.vfm_norm(torch.cat([global_tokens, mask_tokens], dim=1))  # (B, M + side^2, D)
         for layer in self.layers:
-            x = layer(x, sees)
+            x = layer(x, seen)
         return self.vfm_proj(x[:, M:])  # (B, side^2, dino_dim)
 
 
-# ---- The tokenizer -----------------------------------------------------------
+# ---- The tokenizer -------------------------------------------------------------------------------
+
+def evaluates(method):
+    """Decorator: a method of a module that runs in eval mode and without gradients, whatever mode
+    the module is in. Afterwards the mode is what it was, also after an error."""
+    @wraps(method)
+    def evaluating(self, *args, **kwargs):
+        in_training = [module for module in self.modules() if module.training]
+        try:
+            for module in in_training:
+                module.training = False
+            with torch.no_grad():
+                return method(self, *args, **kwargs)
+        finally:
+            for module in in_training:
+                module.training = True
+    return evaluating
+
+
+def without_tf32(device: torch.device):
+    """Context in which convolutions on a GPU compute in float32. In TF32, which is torch's default
+    for them, about one id in a hundred would be another."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic,
+                       allow_tf32=False)
+
 
 @dataclass
 class TokenizerOutput:
-    """What forward returns; the losses are differentiable scalars."""
+    """What the training forward of HitaTokenizer returns. The losses are differentiable scalars."""
     recon: Tensor                # (B, 3, H, W)
     codebook_loss: Tensor        # codebook and commitment terms of both quantizers
     feature_loss: Tensor | None  # Hita-U while training: 1 - cosine to DINOv2
     global_ids: Tensor           # (B, M)
     patch_ids: Tensor            # (B, N)
+    global_latents: Tensor       # (B, M, C), what was quantized, without gradients
+    patch_latents: Tensor        # (B, N, C)
 
 
 class HitaTokenizer(nn.Module):
     """Images <-> M global and N patch token ids. With num_global = 0 it is a plain VQGAN.
-    Encoding needs the DINOv2 of the configuration, if any: `attach_dino`."""
+
+    Encoding needs the frozen DINOv2 of the configuration, if there is one: see `attach_dino`. As a
+    frozen part of another model hold it in eval mode: in train mode dropout is active, and the
+    statistics of Centring follow the batches even where no parameter learns."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
         self.cfg = cfg
+        self.sources = {"data": "", "dino_file": None}  # of a loaded model: see Checkpoints
         self.attach_dino(None)
         D, M = cfg.latent_dim, cfg.num_global
-        centring = Centring if cfg.centre else nn.Identity  # which ignores its arguments
-        Quantizer = RevivingQuantizer if cfg.revive_codes else VectorQuantizer
-        quantizer = partial(Quantizer, beta=cfg.beta)
+
         self.encoder = Encoder(cfg)
         self.patch_down = nn.Linear(D, cfg.patch_code_dim)
-        self.patch_centring = centring(1, cfg.patch_code_dim)
-        self.patch_quantizer = quantizer(cfg.patch_codebook_size, cfg.patch_code_dim)
+        self.patch_centring = Centring(cfg.patch_code_dim) if cfg.centre else nn.Identity()
+        self.patch_quantizer = VectorQuantizer(
+            cfg.patch_codebook_size, cfg.patch_code_dim, cfg.beta)
         self.patch_up = nn.Linear(cfg.patch_code_dim, D)
-        # without global tokens there is no transformer
-        if M:
+
+        # Without global tokens there is no transformer.
+        if M > 0:
             self.extractor = QueryExtractor(cfg)
             self.global_down = nn.Linear(D, cfg.global_code_dim)
-            self.global_centring = centring(M, cfg.global_code_dim)
-            self.global_quantizer = quantizer(cfg.global_codebook_size, cfg.global_code_dim)
+            self.global_centring = (
+                Centring(cfg.global_code_dim, M, per_position=True) if cfg.centre
+                else nn.Identity())
+            self.global_quantizer = VectorQuantizer(
+                cfg.global_codebook_size, cfg.global_code_dim, cfg.beta)
             self.global_up = nn.Linear(cfg.global_code_dim, D)
             self.fusion = Fusion(cfg)
         self.decoder = Decoder(cfg)
 
-    def attach_dino(self, dino: DINOv2 | None) -> None:
-        """Set the frozen DINOv2. HitaError if it has another width."""
-        ours = self.cfg.dino_dim
-        width = ours if dino is None else dino.vit.embed_dim
-        check(width == ours, f"dino_dim is {ours}, this has {width}")
-        # not a submodule: no optimizer, EMA, DDP or checkpoint may see it
+        if cfg.revive_codes:
+            self.patch_revival = CodeRevival(self.patch_quantizer)
+            if M > 0:
+                self.global_revival = CodeRevival(self.global_quantizer)
+
+    def attach_dino(self, dino: nn.Module | None) -> None:
+        """Set the frozen features: the DINOv2 of the configuration, or any other module that turns
+        images (B, 3, H, W) in [-1, 1] into one token for the whole picture and n for its parts,
+        (B, 1 + n, cfg.dino_dim), n a square. Its mode becomes eval, and it gets no gradient."""
+        if dino is not None:
+            dino.eval().requires_grad_(False)
+        # It is no submodule, so that no optimizer, average, DDP or checkpoint sees it.
         self.__dict__["dino"] = dino
 
-    def dino_tokens(self, images: Tensor) -> Tensor | None:
-        """Frozen features (B, 257, dino_dim), None in a model without. HitaError if missing."""
+    @torch.no_grad()
+    def dino_tokens(self, images: Tensor) -> Tensor:
+        """Frozen features (B, 1 + n, dino_dim), or (B, 0, dino_dim) in a model without any.
+        HitaError if they are needed and not attached."""
         if not self.cfg.uses_dino:
-            return None
-        check(self.dino is not None, f"encoding needs {self.cfg.dino}: add_dino(tokenizer, file)")
+            return images.new_zeros(len(images), 0, self.cfg.dino_dim)
+        check(self.dino is not None,
+              f"encoding needs {self.cfg.dino}: hita.add_dino(tokenizer, file)")
         return self.dino.to(images.device)(images).type_as(images)
 
-    def embed(self, images: Tensor, dino_tokens: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """Images (B, 3, H, W) -> to be quantized: global (B, M, C) or None, patch (B, N, C)."""
+    def to_latents(self, images: Tensor, dino_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) -> what is to be quantized: global (B, M, C), patch (B, N, C)."""
         patches = self.encoder(images)  # (B, D, h, w)
-        if not self.cfg.num_global:
-            return None, self.patch_centring(self.patch_down(row_by_row(patches)))
+        if self.cfg.num_global == 0:
+            patch_z = self.patch_centring(self.patch_down(row_by_row(patches)))  # (B, N, C)
+            return patch_z.new_zeros(len(patch_z), 0, self.cfg.global_code_dim), patch_z
         queries, patches = self.extractor(patches, dino_tokens)  # (B, M, D), (B, N, D)
         global_z = self.global_centring(self.global_down(queries))  # (B, M, C)
-        return global_z, self.patch_centring(self.patch_down(patches))
+        patch_z = self.patch_centring(self.patch_down(patches))  # (B, N, C)
+        return global_z, patch_z
 
-    def render(self, global_codes: Tensor | None, patch_codes: Tensor, grid: tuple) -> Tensor:
-        """Quantized codes (B, M, C), (B, N, C) -> images (B, 3, H, W)."""
+    def to_images(self, global_codes: Tensor, patch_codes: Tensor, grid: tuple) -> Tensor:
+        """Quantized codes (B, M, C) and (B, N, C) -> images (B, 3, H, W)."""
         dtype = self.patch_up.weight.dtype  # perhaps half precision; codes are in float32
         x = self.patch_up(patch_codes.to(dtype))  # (B, N, D)
-        if self.cfg.num_global:
+        if self.cfg.num_global > 0:
             x = self.fusion(self.global_up(global_codes.to(dtype)), x, grid)  # (B, N, D)
         return self.decoder(x.transpose(1, 2).unflatten(2, grid))  # (B, 3, H, W)
 
-    @torch.no_grad()
+    @evaluates
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] -> global ids (B, M), patch ids (B, N) row by row, int64.
-        HitaError for anything else; a warning where values look like [0, 1]."""
-        check_images(images, self.cfg.stride, self.patch_up.weight.dtype)
-        with torch.autocast(images.device.type, enabled=False):  # whatever the caller has on
-            global_z, patch_z = self.embed(images, self.dino_tokens(images))
-        patch_ids = self.patch_quantizer(patch_z)[1]
-        if global_z is None:
-            return patch_ids[:, :0], patch_ids  # (B, 0)
-        return self.global_quantizer(global_z)[1], patch_ids
+        """Images (B, 3, H, W) in [-1, 1] -> global ids (B, M) and patch ids (B, N), row by row,
+        int64.
 
-    @torch.no_grad()
-    def decode(self, global_ids: Tensor, patch_ids: Tensor, grid: tuple | None = None) -> Tensor:
-        """Global ids (B, M), patch ids (B, N) -> images (B, 3, H, W) in about [-1, 1].
-        grid: patch rows and columns, else square. HitaError where the ids do not fit."""
+        HitaError for anything else, and for weights that are not finite. A warning where the
+        pictures look like ones in [0, 1]."""
+        check_images(images, self.cfg.stride, self.patch_up.weight.dtype)
+        device = images.device
+        # Float32, whatever the caller has on: otherwise some ids would be others.
+        with torch.autocast(device.type, enabled=False), without_tf32(device):
+            global_z, patch_z = self.to_latents(images, self.dino_tokens(images))
+            check_finite("what the encoder computed", global_z, patch_z)
+            patch_ids = self.patch_quantizer(patch_z)[1]  # (B, N)
+            if self.cfg.num_global == 0:
+                return patch_ids[:, :0], patch_ids  # (B, 0), (B, N)
+            return self.global_quantizer(global_z)[1], patch_ids  # (B, M), (B, N)
+
+    @evaluates
+    def decode(self, global_ids: Tensor, patch_ids: Tensor,
+               grid: tuple[int, int] | None = None) -> Tensor:
+        """Global ids (B, M) and patch ids (B, N) -> images (B, 3, H, W) in about [-1, 1].
+
+        grid: rows and columns of the patches; without it the grid is the model's own. Another
+        square number of ids is taken for a square, with a warning. Neither the encoder nor DINOv2
+        is needed. HitaError where the ids do not fit."""
+        M, N = self.cfg.num_global, patch_ids.shape[-1]
         check_ids("patch ids", patch_ids, (None, None), self.cfg.patch_codebook_size)
-        (B, N), M = patch_ids.shape, self.cfg.num_global
-        grid = (math.isqrt(N), math.isqrt(N)) if grid is None else tuple(grid)
-        fits = [type(x) for x in grid] == [int, int] and min(grid) > 0 and math.prod(grid) == N
-        check(fits, f"{N} patch ids do not fill a grid of {grid}")
-        check_ids("global ids", global_ids, (B, M), self.cfg.global_codebook_size)
-        # codes are looked up, so neither encoder nor DINOv2 is needed
-        global_codes = self.global_quantizer.lookup(global_ids) if M else None
-        return self.render(global_codes, self.patch_quantizer.lookup(patch_ids), grid)
+        check_ids("global ids", global_ids, (len(patch_ids), M), self.cfg.global_codebook_size)
+        grid = self.choose_grid(N) if grid is None else tuple(grid)
+        check(math.prod(grid) == N and min(grid) > 0, f"{N} patch ids do not fill a grid of {grid}")
+
+        patch_codes = self.patch_quantizer.lookup(patch_ids)  # (B, N, C)
+        if M == 0:
+            return self.to_images(patch_codes[:, :0], patch_codes, grid)
+        return self.to_images(self.global_quantizer.lookup(global_ids), patch_codes, grid)
+
+    def choose_grid(self, N: int) -> tuple[int, int]:
+        """Rows and columns of N patch ids whose grid is not given."""
+        side, own = math.isqrt(N), self.cfg.grid
+        check(side ** 2 == N, f"{N} patch ids fill neither the model's own grid of {own} x {own} "
+                              "nor a square: give grid=(rows, columns)")
+        if side != own:
+            warnings.warn(f"{N} patch ids are taken for a square of {side} x {side}, the model's "
+                          f"own grid is {own} x {own}: give grid=(rows, columns)", stacklevel=4)
+        return side, side
 
     def forward(self, images: Tensor) -> TokenizerOutput:
-        """Images (B, 3, H, W), for training: gradients pass through the codes."""
-        dino_tokens = self.dino_tokens(images)  # (B, 257, dino_dim) or None
-        global_z, patch_z = self.embed(images, dino_tokens)
+        """Images (B, 3, H, W), for training: gradients pass through the codes. Nothing moves but
+        the statistics of Centring, in train mode; unused codes are moved by `revive`."""
+        dino_tokens = self.dino_tokens(images)  # (B, 1 + n, dino_dim)
+        global_z, patch_z = self.to_latents(images, dino_tokens)  # (B, M, C), (B, N, C)
         patch_codes, patch_ids, codebook_loss = self.patch_quantizer(patch_z)
-        global_codes, global_ids, feature_loss = None, patch_ids[:, :0], None
-        if self.cfg.num_global:
+        global_codes, global_ids, feature_loss = global_z, patch_ids[:, :0], None
+        if self.cfg.num_global > 0:
             global_codes, global_ids, global_loss = self.global_quantizer(global_z)
             codebook_loss = codebook_loss + global_loss
-        # Hita-U: the global codes alone must tell what DINOv2 saw
+
+        # Hita-U: the global codes alone have to tell what DINOv2 saw.
         if self.cfg.vfm_recon and self.training:
-            target = dino_tokens[:, 1:].float()  # (B, 256, dino_dim)
+            target = dino_tokens[:, 1:].float()  # (B, n, dino_dim)
             side = math.isqrt(target.shape[1])
-            globals_ = self.global_up(global_codes)  # (B, M, D)
-            features = self.fusion.reconstruct_features(globals_, side).float()
-            cosine = F.cosine_similarity(target, features, dim=-1, eps=1e-6)
+            global_tokens = self.global_up(global_codes)  # (B, M, D)
+            features = self.fusion.reconstruct_features(global_tokens, side).float()
+            cosine = F.cosine_similarity(target, features, dim=-1, eps=1e-6)  # (B, n)
             feature_loss = 1 - cosine.mean()
+
         f = self.cfg.stride
         grid = images.shape[2] // f, images.shape[3] // f
-        recon = self.render(global_codes, patch_codes, grid)
-        return TokenizerOutput(recon, codebook_loss, feature_loss, global_ids, patch_ids)
+        recon = self.to_images(global_codes, patch_codes, grid)
+        return TokenizerOutput(recon, codebook_loss, feature_loss, global_ids, patch_ids,
+                               global_z.detach(), patch_z.detach())
+
+    def revive(self, out: TokenizerOutput) -> None:
+        """Move codes that are hardly used, if cfg.revive_codes says so. A training calls this with
+        what forward returned, after the optimizer's step. See CodeRevival."""
+        if self.cfg.revive_codes:
+            self.patch_revival.step(self.patch_quantizer, out.patch_latents, out.patch_ids)
+            if self.cfg.num_global > 0:
+                self.global_revival.step(self.global_quantizer, out.global_latents, out.global_ids)
 
 
-# ---- Losses: train_tokenizer.py sums rec + LPIPS + 0.5 GAN + codebook (+ feature) --
+# ---- Losses and discriminator --------------------------------------------------------------------
+#
+# generator_losses in train_tokenizer.py weighs and sums them: reconstruction, LPIPS, adversarial,
+# codebook and, in Hita-U, feature loss.
 
 def reconstruction_loss(images: Tensor, recon: Tensor) -> Tensor:
-    """2 MSE: the released L2 term, and the MSE that its trainer always adds."""
+    """Twice the mean squared error: the released L2 term, and an MSE that its trainer adds."""
     return 2 * F.mse_loss(recon.float(), images)
 
 
 class PerceptualLoss(nn.Module):
-    """LPIPS (Zhang et al. 2018) on VGG-16, frozen: images, recon (B, 3, H, W) -> scalar.
-    HitaError if the VGG weights cannot be had."""
+    """LPIPS (Zhang et al. 2018) on a frozen VGG-16: images, recon (B, 3, H, W) -> scalar.
+
+    HitaError if the VGG weights cannot be had. pretrained=False takes random ones, for tests."""
 
     def __init__(self, pretrained: bool = True):
         super().__init__()
-        import lpips  # slow to import, and needed in training only
-        # the package's own takes a root: at 0 its gradient is NaN
+        import lpips  # here, because it is slow to import and needed in training only
+        # The package's own function takes a root, whose gradient is NaN where a feature is 0.
         lpips.normalize_tensor = lambda x: x * (x.square().sum(1, keepdim=True) + 1e-20).rsqrt()
         warnings.filterwarnings("ignore", module="torchvision")  # lpips uses an old call
         try:
             self.lpips = lpips.LPIPS(net="vgg", pnet_rand=not pretrained, verbose=False)
-        except Exception as e:  # many kinds
+        except Exception as e:  # the network raises many kinds
             url = "https://download.pytorch.org/models/vgg16-397923af.pth"
             raise HitaError(f"cannot fetch VGG-16 for LPIPS: download {url} into "
                             f"{torch.hub.get_dir()}/checkpoints, or use --lpips-weight 0") from e
@@ -751,50 +859,57 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, width: int = 64):
         super().__init__()
-        layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        parts = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
         for c, stride in ((width, 2), (2 * width, 2), (4 * width, 1)):
             conv = nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False)
-            layers += [conv, nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2)]
-        self.main = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
-        # small weights, as in pix2pix
-        for m in self.main:
-            if isinstance(m, nn.Conv2d):
-                nn.init.normal_(m.weight, 0.0, 0.02)
-            elif isinstance(m, nn.BatchNorm2d):
-                nn.init.normal_(m.weight, 1.0, 0.02)
+            parts += [conv, nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*parts, nn.Conv2d(8 * width, 1, 4, 1, 1))
+
+        # It starts with small weights, as in pix2pix.
+        for module in self.main:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.main(images)
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss (Lim & Ye 2017) of the logits for real and reconstructed images."""
-    # pushes real logits above 1, fake ones below -1, no further
+    """Hinge loss (Lim & Ye 2017) of the logits for real and for reconstructed images. It pushes
+    real logits above 1 and fake ones below -1, and no further."""
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
 
 def adversarial_loss(fake: Tensor) -> Tensor:
-    """Non-saturating -log sigmoid(D(recon)): what the generator minimises."""
+    """Non-saturating -log sigmoid(D(recon)), which the generator minimises."""
     return F.softplus(-fake.float()).mean()
 
 
-# ---- The generator: a Llama (Touvron et al. 2023; for images Sun et al. 2024) -
+# ---- The generator: a Llama (Touvron et al. 2023; for images Sun et al. 2024) ---------------------
 
 def position_rotations(num_global: int, grid: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (M + N, head_dim / 2) by which channel pairs of q and k turn at each input.
-    Inputs 0 .. M-1 do not turn, they have a learned shift.
-    M + 1 + i (patch i): 2-D RoPE, half the pairs turn with the row, half with the column.
-    M, the last global (the class if M = 0): cos = sin = 0, its attention is uniform over 0 .. M,
-    its key's logit 0 for later queries. An accident, which the released weights need."""
+    """cos and sin (M + N, head_dim / 2) of the angles by which the channel pairs of queries and
+    keys are turned, for each input.
+
+    Inputs 0 ... M-1 (the class and the globals but the last) are not turned: they have a learned
+    position instead. Input M+1+i is patch i and gets 2-D RoPE: half of its pairs turn with its
+    row, the other half with its column. Input M is the last global token, or the class if M = 0.
+    The released code leaves cos = sin = 0 there, so its query and key are zero: it looks at all
+    inputs before it alike, and those after it give it a logit of 0. We keep that, because the
+    released weights were trained with it."""
     pairs = head_dim // 2
     theta = 10000.0 ** (-2 * torch.arange(pairs // 2) / pairs)  # (pairs/2,)
     angle = torch.arange(grid)[:, None] * theta  # (grid, pairs/2)
-    rows, columns = angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)
+    rows = angle.repeat_interleave(grid, 0)  # (N, pairs/2)
+    columns = angle.repeat(grid, 1)  # (N, pairs/2)
     cells = torch.cat([rows, columns], dim=1)  # (N, pairs)
-    # 0 for inputs 0 .. M; the last patch, which is never an input, is cut off
+
+    # The last patch is never an input, so its row is cut off; inputs 0 ... M get angles of 0.
     angles = F.pad(cells, (0, 0, num_global + 1, -1))  # (M + N, pairs)
     cos, sin = angles.cos(), angles.sin()
-    cos[num_global] = 0.0  # the accident
+    cos[num_global] = 0.0
     return cos, sin
 
 
@@ -805,208 +920,279 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).type_as(x)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    """Attention of queries (B, heads, T, d) to the keys and values that `visible` (T, S) shows, or
+    causal attention without it. -> (B, heads, T, d)"""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale)
+
+
+def pad_channels(x: Tensor) -> Tensor:
+    """Zeros behind the channels (..., d), up to a multiple of 8, which fast attention wants. They
+    change no result. Only size 2B, with 60 channels a head, needs them."""
+    return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
+
+
+class Positions(NamedTuple):
+    """Where T inputs stand in the sequence, and what follows from it for every block."""
+    index: Tensor  # (T,), from 0 to M + N - 1
+    shift: Tensor  # (T, dim), the learned positions of inputs 0 ... M-1, zeros after them
+    cos: Tensor  # (T, d/2), see position_rotations
+    sin: Tensor  # (T, d/2)
+
+
 class LlamaBlock(nn.Module):
-    """Causal attention and SwiGLU, each pre-norm with a residual. (B, T, dim) -> (B, T, dim)"""
+    """Causal attention and SwiGLU, each behind a norm and with a residual.
+    (B, T, dim) -> (B, T, dim)"""
 
     def __init__(self, cfg: LlamaConfig):
         super().__init__()
         dim = cfg.dim
         hidden = (8 * dim // 3 + 255) // 256 * 256  # 8/3 of dim, rounded up
-        norm, linear = partial(nn.RMSNorm, eps=1e-5), partial(nn.Linear, bias=False)
-        self.heads, self.dropout = cfg.heads, nn.Dropout(cfg.dropout)
-        self.norm1, self.qkv, self.out = norm(dim), linear(dim, 3 * dim), linear(dim, dim)
-        self.norm2 = norm(dim)
-        self.w1, self.w3 = linear(dim, hidden), linear(dim, hidden)
-        self.w2 = linear(hidden, dim)
+        self.heads = cfg.heads
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.norm1 = nn.RMSNorm(dim, eps=1e-5)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.norm2 = nn.RMSNorm(dim, eps=1e-5)
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x: Tensor, shift: Tensor, cos: Tensor, sin: Tensor, index: Tensor,
-                cache: tuple[Tensor, Tensor] | None, visible: Tensor | None) -> Tensor:
-        """x: inputs at positions `index` (T,) that have shift (T, dim) and cos, sin (T, d/2).
-        With a cache x attends to what `visible` (T, M + N) shows of it."""
+    def forward(self, x: Tensor, at: Positions,
+                cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """In training x is the whole sequence. In sampling it is what is new, and the cache holds
+        the keys and values (B, heads, M + N, d) of the inputs before; x is added to it."""
         q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)  # (B, T, dim) each
-        # Positions act on queries and keys only, not on the residual stream, in every block:
-        # a learned shift for inputs 0 .. M-1, a rotation for the patches.
-        q = rotate(split_heads(q + shift, self.heads), cos, sin)  # (B, heads, T, d)
-        k = rotate(split_heads(k + shift, self.heads), cos, sin)
+        # Positions act on queries and keys only, in every block, and not on the residual stream.
+        q = rotate(split_heads(q + at.shift, self.heads), at.cos, at.sin)  # (B, heads, T, d)
+        k = rotate(split_heads(k + at.shift, self.heads), at.cos, at.sin)
         v = split_heads(v, self.heads)
-
-        # fast kernels want multiples of 8 channels; size 2B has 60 in a head
         d = q.shape[-1]
-        if d % 8:
-            pad = 0, -d % 8
-            q, k, v = F.pad(q, pad), F.pad(k, pad), F.pad(v, pad)
-        # in sampling, the cache holds keys and values of the inputs before
-        if cache is not None:
-            keys, values = cache  # (B, heads, M + N, d) both
-            keys[:, :, index], values[:, :, index] = k.type_as(keys), v.type_as(values)
-            k, v = keys, values
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=cache is None, scale=d ** -0.5)
-        y = self.out(y[..., :d].transpose(1, 2).flatten(2))  # (B, T, dim)
-        x = x + self.dropout(y)
+        q, k, v = pad_channels(q), pad_channels(k), pad_channels(v)
 
-        # the feed-forward net, a SwiGLU
+        visible = None  # causal
+        if cache is not None:
+            keys, values = cache
+            keys[:, :, at.index] = k.type_as(keys)
+            values[:, :, at.index] = v.type_as(values)
+            k, v = keys, values
+            # The cache has room for the whole picture. An input at position p may look at entries
+            # 0 to p; those after it are not written yet.
+            entries = torch.arange(keys.shape[2], device=x.device)  # (M + N,)
+            visible = entries <= at.index[:, None]  # (T, M + N)
+        y = attend(q, k, v, visible, scale=d ** -0.5)[..., :d]  # (B, heads, T, d)
+        x = x + self.dropout(self.out(y.transpose(1, 2).flatten(2)))  # (B, T, dim)
+
+        # The feed-forward net, a SwiGLU.
         y = self.norm2(x)
         y = F.silu(self.w1(y)) * self.w3(y)  # (B, T, hidden)
         return x + self.dropout(self.w2(y))
 
 
 class Llama(nn.Module):
-    """Predicts the M global ids, then the N patch ids of a class. With M = 0: a plain LlamaGen.
-    Inputs are class, global_0 .. global_M-1, patch_0 .. patch_N-2;
-    position p predicts token p of global_0 .. patch_N-1.
-    Each kind of token has its own embeddings and head. A loaded model names its `classes`."""
+    """Predicts the M global ids of a picture from its class, then its N patch ids. With M = 0 it is
+    a plain LlamaGen.
+
+    The inputs are class, global_0 ... global_M-1, patch_0 ... patch_N-2, and the state at position
+    p predicts token p of global_0 ... patch_N-1. Each kind of token has embeddings and a head of
+    its own. A loaded model knows the names of its `classes`."""
 
     def __init__(self, cfg: LlamaConfig):
         super().__init__()
         self.cfg = cfg
         M, dim = cfg.num_global, cfg.dim
-        # one row more than classes: the last means "no class"
+        # There is one row more than classes: the last means "no class".
         self.class_embedding = nn.Embedding(cfg.num_classes + 1, dim)
         self.patch_embedding = nn.Embedding(cfg.patch_codebook_size, dim)
         self.patch_head = nn.Linear(dim, cfg.patch_codebook_size, bias=False)
-        if M:
+        if M > 0:
             self.global_embedding = nn.Embedding(cfg.global_codebook_size, dim)
             self.global_head = nn.Linear(dim, cfg.global_codebook_size, bias=False)
-            self.global_positions = nn.Embedding(M, dim)  # of inputs 0 .. M-1
+            self.global_positions = nn.Embedding(M, dim)  # of inputs 0 ... M-1
         self.token_dropout = nn.Dropout(cfg.token_dropout)
         self.blocks = nn.ModuleList(LlamaBlock(cfg) for _ in range(cfg.layers))
         self.norm = nn.RMSNorm(dim, eps=1e-5)
-        cos, sin = position_rotations(M, cfg.grid, dim // cfg.heads)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        for name, m in self.named_modules():
-            if isinstance(m, (nn.Linear, nn.Embedding)):
-                # heads of zero: at first all ids are equally likely
-                nn.init.normal_(m.weight, std=0.0 if name.endswith("_head") else 0.02)
+        # The rotations are kept as the bits of their floats: a caller's llama.bfloat16() rounds
+        # every floating-point tensor of a module, and rotations have to stay exact.
+        rotations = torch.stack(position_rotations(M, cfg.grid, dim // cfg.heads))
+        self.register_buffer("rotation_bits", rotations.view(torch.int32), persistent=False)
+        self.kept_caches = None  # see compile_step
+
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                # With heads of zero all ids are equally likely at first.
+                nn.init.normal_(module.weight, std=0.0 if name.endswith("_head") else 0.02)
 
     def embed(self, class_ids: Tensor, global_ids: Tensor, patch_ids: Tensor) -> Tensor:
-        """Class ids (B,), ids (B, m), (B, n) -> embeddings (B, 1 + m + n, dim)."""
-        parts = [self.class_embedding(class_ids)[:, None], self.patch_embedding(patch_ids)]
-        if self.cfg.num_global:
-            parts.insert(1, self.global_embedding(global_ids))
+        """Class ids (B,), ids (B, m) and (B, n) -> embeddings (B, 1 + m + n, dim).
+
+        For another condition than a class, replace class_embedding by a module that turns it into
+        (B, dim), with a value that means "none" in the place of the id cfg.num_classes, which
+        forward and generate use for it; generate checks its first argument as class ids."""
+        parts = [self.class_embedding(class_ids)[:, None]]  # (B, 1, dim)
+        if self.cfg.num_global > 0:
+            parts.append(self.global_embedding(global_ids))  # (B, m, dim)
+        parts.append(self.patch_embedding(patch_ids))  # (B, n, dim)
         return torch.cat(parts, dim=1)
 
-    def backbone(self, x: Tensor, index: Tensor, caches: list[tuple] | None = None,
-                 visible: Tensor | None = None) -> Tensor:
+    def backbone(self, x: Tensor, index: Tensor, caches: list[tuple] | None = None) -> Tensor:
         """Embedded inputs (B, T, dim) at positions (T,) -> normalised states (B, T, dim)."""
-        M, shift = self.cfg.num_global, x.new_zeros(1, 1)
-        if M:
+        M = self.cfg.num_global
+        shift = x.new_zeros(1, 1)
+        if M > 0:
             shift = self.global_positions(index.clamp(max=M - 1))  # (T, dim)
-            shift = shift.masked_fill((index >= M)[:, None], 0.0)  # none from position M on
-        cos, sin = self.cos[index], self.sin[index]  # (T, d/2)
+            shift = shift.masked_fill((index >= M)[:, None], 0.0)
+        cos, sin = self.rotation_bits.view(torch.float32)[:, index]  # (T, d/2) each
+        at = Positions(index, shift, cos, sin)
+
         for i, block in enumerate(self.blocks):
-            x = block(x, shift, cos, sin, index, caches[i] if caches else None, visible)
+            x = block(x, at, None if caches is None else caches[i])
         return self.norm(x)
 
     def forward(self, class_ids: Tensor, global_ids: Tensor,
                 patch_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Class ids (B,), global ids (B, M), patch ids (B, N) -> logits (B, M, V), (B, N, V).
-        M may be 0. Training drops class labels with probability class_dropout."""
+        Training drops class labels with probability class_dropout."""
         M = self.cfg.num_global
-        # guidance needs to know what the model says without the class
+        # Guidance needs to know what the model says without the class.
         if self.training:
             drop = torch.rand(len(class_ids), device=class_ids.device) < self.cfg.class_dropout
             class_ids = class_ids.masked_fill(drop, self.cfg.num_classes)
+
         x = self.embed(class_ids, global_ids, patch_ids[:, :-1])  # (B, M + N, dim)
         x = self.backbone(self.token_dropout(x), torch.arange(x.shape[1], device=x.device))
         patch_logits = self.patch_head(x[:, M:])  # (B, N, V)
-        global_logits = self.global_head(x[:, :M]) if M else patch_logits[:, :0]
-        return global_logits, patch_logits
+        if M == 0:
+            return patch_logits[:, :0], patch_logits  # (B, 0, V), (B, N, V)
+        return self.global_head(x[:, :M]), patch_logits  # (B, M, V), (B, N, V)
 
-    @torch.no_grad()
-    def generate(self, class_ids: Tensor, cfg_scale: float = 1.0, temperature: float = 1.0,
-                 top_k: int = 0, top_p: float = 1.0, given: Tensor | None = None, seed: int = 0,
+    @evaluates
+    def generate(self, class_ids: Tensor, cfg_scale: float | Tensor = 1.0,
+                 given: Tensor | None = None, seed: int | None = None,
                  random: Tensor | None = None, released_sampling: bool = False,
-                 progress: bool = False) -> tuple[Tensor, Tensor]:
-        """In eval mode: pictures of classes (B,), int64 -> global ids (B, M), patch ids (B, N).
-        cfg_scale: strength of classifier-free guidance (Ho & Salimans 2022), 1 is without.
-        temperature, top_k, top_p: see filter_logits; top_k=1 is greedy.
-        given (B, P): the first P ids. random (B, M + N): as of random_numbers, else of the seed.
-        released_sampling: embed the last global as a patch, as the released code does by mistake.
-        HitaError for what is out of range."""
-        M, total = self.cfg.num_global, len(self.cos)  # M, M + N
-        check_range(0, 10**6, cfg_scale=cfg_scale, temperature=temperature)
-        check_range(0, 1, top_p=top_p)
-        check_range(0, math.inf, whole=True, top_k=top_k, seed=seed)
-        ids = self.check_request(class_ids, given, released_sampling)  # (B, P)
-        random = random_numbers(class_ids, total, seed) if random is None else random
-        shape = len(ids), total
-        check(random.shape == shape, f"random is {random.shape}, not {shape}")
+                 progress: bool = False, **filters) -> tuple[Tensor, Tensor]:
+        """Draw pictures of classes (B,), int64 -> global ids (B, M), patch ids (B, N).
 
-        # Guidance predicts with the class and without, in one batch [cond; uncond].
-        labels, known = class_ids, ids
-        if cfg_scale != 1:
-            no_class = torch.full_like(class_ids, self.cfg.num_classes)
-            labels, known = torch.cat([class_ids, no_class]), torch.cat([ids, ids])
-        caches = self.empty_caches(len(labels), self.norm.weight.dtype, self.norm.weight.device)
-        # The class and the given ids are read at once, then one id at a time.
+        cfg_scale: strength of classifier-free guidance (Ho & Salimans 2022), 1 is without; a
+          tensor (M + N,) has one for each token.
+        given: the first P ids of each picture (B, P).
+        seed: makes the random numbers those of random_numbers; without it torch's global generator
+          decides, so that two calls differ and torch.manual_seed repeats them.
+        random: the random numbers themselves, uniform in [0, 1), (B, M + N).
+        released_sampling: embed the last global token as a patch, as the released code does by
+          mistake.
+        filters: the arguments of filter_logits; top_k=1 always takes the likeliest id.
+        HitaError for ids, guidance or filters that are out of range, and for logits that are not
+        finite."""
+        cfg = self.cfg
+        M, total, B = cfg.num_global, cfg.num_tokens, len(class_ids)
+        device = class_ids.device
+        filter_logits(torch.zeros(1, 1), **filters)  # what is wrong with the filters shows here
+
+        check_ids("class ids", class_ids, (None,), cfg.num_classes)
+        ids = class_ids.new_empty(B, 0) if given is None else given  # (B, P)
+        check_ids("given global ids", ids[:, :M], (B, None), cfg.global_codebook_size)
+        check_ids("given patch ids", ids[:, M:], (B, None), cfg.patch_codebook_size)
+        check(ids.shape[1] <= total, f"{ids.shape[1]} ids are given, a picture has {total}")
+        if random is None:
+            random = (torch.rand(B, total, device=device) if seed is None
+                      else random_numbers(class_ids, total, seed))
+        check(random.shape == (B, total), f"random is {tuple(random.shape)}, not {(B, total)}")
+
+        # Guidance predicts with the class and without it, in one batch [with; without].
+        labels, known, scale = class_ids, ids, None
+        if isinstance(cfg_scale, Tensor) or cfg_scale != 1:
+            scale = torch.as_tensor(cfg_scale, dtype=torch.float32, device=device).expand(total)
+            check(bool((scale >= 0).all()), f"cfg_scale is {cfg_scale}, it must be 0 or more")
+            check(cfg.class_dropout > 0, "this model was trained with class_dropout 0 and cannot "
+                                         "be guided: use cfg_scale 1")
+            labels = torch.cat([class_ids, torch.full_like(class_ids, cfg.num_classes)])
+            known = torch.cat([ids, ids])
+
+        # The prompt, the class and the given ids, is read at once; then it goes on id by id.
+        sizes = cfg.global_codebook_size, cfg.patch_codebook_size
+        check(not released_sampling or sizes[0] == sizes[1],
+              f"released_sampling needs codebooks of one size, not {sizes}")
         num_as_global = max(0, M - 1) if released_sampling else M
         x = self.embed(labels, known[:, :num_as_global], known[:, num_as_global:])
-        index = torch.arange(x.shape[1], device=x.device)  # (1 + P,)
+        index = torch.arange(x.shape[1], device=device)  # (1 + P,)
+        caches = self.make_caches(len(labels))
+        finite = torch.ones((), dtype=torch.bool, device=device)
         for p in tqdm(range(ids.shape[1], total), "tokens", disable=not progress, leave=False):
-            token, x = self.step(x, index, caches, random[:, p, None], cfg_scale,
-                                 (temperature, top_k, top_p), is_global=p < M,
-                                 embed_as_global=p < num_as_global)
+            token, x, step_finite = self.step(
+                x, index, caches, random[:, p, None], scale, p < M, **filters)
+            if released_sampling and p == M - 1:
+                x = self.patch_embedding(token).repeat(len(labels) // B, 1, 1)
             ids = torch.cat([ids, token], dim=1)  # (B, p + 1)
-            x, index = x.clone(), index[-1:] + 1  # the next step may reuse x's memory
+            finite = finite & step_finite  # asked below: asking here would wait for the device
+            x, index = x.clone(), index[-1:] + 1  # the next step may use x's memory again
+        check(bool(finite), "the logits are not finite: are the weights, or was float16 too small?")
         return ids[:, :M], ids[:, M:]
 
-    def check_request(self, class_ids: Tensor, given: Tensor | None, released: bool) -> Tensor:
-        """Checks arguments of generate -> the given ids (B, P), P = 0 without any."""
-        cfg, M, total = self.cfg, self.cfg.num_global, len(self.cos)
-        check_ids("class ids", class_ids, (None,), cfg.num_classes)
-        check(len(class_ids) > 0, "class ids are none, give at least one")
-        sizes = cfg.global_codebook_size, cfg.patch_codebook_size
-        check(not (released and M) or sizes[0] == sizes[1],
-              f"released_sampling needs codebooks of one size, not {sizes}")
-        ids = class_ids.new_empty(len(class_ids), 0) if given is None else given
-        check_ids("given ids", ids, (len(class_ids), None), max(sizes))
-        check(ids.shape[1] <= total, f"{ids.shape[1]} ids are given, a picture has {total}")
-        check_ids("given global ids", ids[:, :M], (None, None), sizes[0])
-        check_ids("given patch ids", ids[:, M:], (None, None), sizes[1])
-        return ids
+    def step(self, x: Tensor, index: Tensor, caches: list[tuple], random: Tensor,
+             scale: Tensor | None, is_global: bool, **filters) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs (B or 2B, T, dim) at positions (T,), random numbers (B, 1) -> the next token
+        (B, 1), the same embedded as the next input (B or 2B, 1, dim), whether logits were finite.
 
-    @torch.inference_mode(False)  # kept ones serve calls outside, too
-    def empty_caches(self, batch: int, dtype: torch.dtype, device: torch.device,
-                     kept: bool = False) -> list[tuple]:
-        """Keys and values of each block for all inputs, (batch, heads, M + N, d)."""
+        is_global: whether the next token is a global one. From one step to the next only tensors
+        change and the kind of the token, so a compiled step is compiled once for each kind."""
+        logits = self.next_logits(x, index, caches, scale, is_global)  # (B, V)
+        token = draw(filter_logits(logits, **filters).softmax(dim=-1), random)  # (B, 1)
+        embedding = self.global_embedding if is_global else self.patch_embedding
+        embedded = embedding(token)  # (B, 1, dim)
+        if scale is not None:
+            embedded = torch.cat([embedded, embedded])  # (2B, 1, dim)
+        return token, embedded, logits.isfinite().all()
+
+    def next_logits(self, x: Tensor, index: Tensor, caches: list[tuple], scale: Tensor | None,
+                    is_global: bool) -> Tensor:
+        """Inputs at positions (T,) -> logits (B, V) of the token that follows them. With a scale
+        (M + N,) x is [with the class; without], and the logits are guided."""
+        state = self.backbone(x, index, caches)[:, -1]  # (B or 2B, dim)
+        head = self.global_head if is_global else self.patch_head
+        logits = head(state).float()  # (B or 2B, V)
+        if scale is None:
+            return logits
+        # Away from what the model would say without the class.
+        cond, uncond = logits.chunk(2)
+        return uncond + scale[index[-1:]] * (cond - uncond)
+
+    def make_caches(self, batch: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each block for all inputs, (batch, heads, M + N, d), zeros. A compiled
+        model has one set and uses it again, because CUDA graphs want it to stay where it is."""
+        kept = self.kept_caches
+        if kept and kept[0][0].shape[0] == batch and kept[0][0].dtype == self.norm.weight.dtype:
+            for cache in kept:
+                cache[0].zero_()
+                cache[1].zero_()
+            return kept
+
         cfg = self.cfg
-        d = -(-cfg.dim // cfg.heads // 8) * 8  # channels of a head, padded as in LlamaBlock
-        shape = batch, cfg.heads, len(self.cos), d
-        # one by one: compiled, a common tensor would be copied at each step
-        caches = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * cfg.layers)]
-        for cache in caches if kept else ():  # CUDA graphs: these do not move
-            torch._dynamo.mark_static_address(cache, guard=False)
-        return list(zip(caches[::2], caches[1::2]))
+        d = pad_channels(torch.empty(cfg.dim // cfg.heads)).shape[0]
+        # Tensors made in inference_mode could not be used outside of it. They are made one by one:
+        # compiled, parts of a common tensor would be copied at each step.
+        with torch.inference_mode(False):
+            caches = [tuple(self.norm.weight.new_zeros(batch, cfg.heads, cfg.num_tokens, d)
+                            for _ in range(2)) for _ in self.blocks]
+        if kept is not None:
+            for cache in caches:
+                torch._dynamo.mark_static_address(cache[0], guard=False)
+                torch._dynamo.mark_static_address(cache[1], guard=False)
+            self.kept_caches = caches
+        return caches
 
     def compile_step(self) -> None:
-        """CUDA graphs, for one thread: the caches must stay where they are."""
+        """Compile sampling, on a GPU into CUDA graphs. From then on one thread at a time may draw,
+        since all share the caches."""
         self.step = torch.compile(self.step, mode="reduce-overhead", fullgraph=True)
-        self.empty_caches = lru_cache(None)(partial(self.empty_caches, kept=True))
-
-    def step(self, x: Tensor, index: Tensor, caches: list[tuple], random: Tensor,
-             cfg_scale: float, filters: tuple, is_global: bool,
-             embed_as_global: bool) -> tuple[Tensor, Tensor]:
-        """Inputs (B or 2B, T, dim) at positions (T,) -> next token (B, 1), and embedded.
-        Only tensors and the kind of token change between steps: it compiles once a kind."""
-        # an input sees itself and those before
-        length = caches[0][0].shape[2]  # M + N
-        visible = torch.arange(length, device=x.device) <= index[:, None]  # (T, M + N)
-        state = self.backbone(x, index, caches, visible)[:, -1]  # (B or 2B, dim)
-        logits = (self.global_head if is_global else self.patch_head)(state).float()
-        # away from what the model would say without the class
-        if cfg_scale != 1:
-            cond, uncond = logits.chunk(2)
-            logits = uncond + cfg_scale * (cond - uncond)  # (B, V)
-        token = draw(filter_logits(logits, *filters).softmax(dim=-1), random)  # (B, 1)
-        table = self.global_embedding if embed_as_global else self.patch_embedding
-        return token, table(token).repeat(len(x) // len(token), 1, 1)
+        self.kept_caches = []
 
 
 def random_numbers(class_ids: Tensor, length: int, seed: int = 0) -> Tensor:
-    """Uniform numbers in [0, 1), one a token, of pictures of classes (B,) -> (B, length).
-    Picture j of class c has those of (seed, c, j), whatever is made beside it."""
+    """Uniform numbers in [0, 1), one for each token, of pictures of classes (B,) -> (B, length).
+
+    The j-th picture of class c gets those of (seed, c, j), whatever else is drawn beside it."""
     rows, count = [], Counter()
     for c in class_ids.tolist():
         generator = np.random.default_rng((seed, c, count[c]))
@@ -1016,17 +1202,22 @@ def random_numbers(class_ids: Tensor, length: int, seed: int = 0) -> Tensor:
 
 
 def draw(probs: Tensor, random: Tensor) -> Tensor:
-    """Probabilities (B, V), uniform numbers (B, 1) -> ids (B, 1), by inversion."""
-    # an id of probability 0 stays below every target and is never drawn
+    """Probabilities (B, V), uniform numbers in [0, 1) (B, 1) -> ids (B, 1).
+
+    The id is the first whose cumulative sum exceeds the random number. Unlike torch.multinomial
+    this takes its random numbers as an argument, so that a picture does not depend on those that
+    are drawn beside it, and a GPU draws what a CPU draws."""
+    # An id of probability 0 stays below every target and is never drawn.
     sums = cumulative_sums(probs).masked_fill(probs == 0, 0.0)
-    # the largest sum is 1 but for rounding
+    # But for rounding the largest sum is 1.
     target = random * sums.amax(dim=-1, keepdim=True)
-    # argmax gives the first that is above
+    # Of equal values argmax takes the first.
     return (sums > target).int().argmax(dim=-1, keepdim=True)
 
 
 def cumulative_sums(probs: Tensor) -> Tensor:
-    """Cumulative sums (B, V), by blocks: torch 2.11 cannot compile one over 16,384."""
+    """Cumulative sums (B, V). They are taken in blocks, because torch 2.11 cannot compile one of
+    16,384 numbers."""
     V = probs.shape[-1]
     blocks = F.pad(probs, (0, -V % 128)).unflatten(1, (-1, 128))  # (B, blocks, 128)
     inner = blocks.cumsum(dim=-1)
@@ -1036,10 +1227,15 @@ def cumulative_sums(probs: Tensor) -> Tensor:
 
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
                   top_p: float = 1.0) -> Tensor:
-    """Logits (B, V), divided by the temperature, -inf where filtered out.
-    top_k keeps the k largest (and ties), 0 keeps all.
-    top_p then keeps the largest until their probability exceeds p.
-    A temperature below 1e-6 counts as 1e-6, which is greedy."""
+    """Logits (B, V) -> divided by the temperature, and -inf where they are filtered out.
+
+    top_k keeps the k largest (and ties), 0 keeps all. Of these top_p keeps the largest until their
+    probability exceeds p. A temperature below 1e-6 counts as 1e-6, which always takes the
+    likeliest. HitaError for what is out of range. A new argument here is one of generate, too."""
+    check(temperature >= 0, f"temperature is {temperature}, it must be 0 or more")
+    check(top_k >= 0, f"top_k is {top_k}, it must be 0 or more")
+    check(0 <= top_p <= 1, f"top_p is {top_p}, it must be from 0 to 1")
+
     logits = logits / max(temperature, 1e-6)
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
@@ -1047,7 +1243,7 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(dim=-1)
-        # those that come after p has been exceeded; the one that exceeds it stays
+        # Those that come after p has been exceeded go; the one that exceeds it stays.
         beyond = cumulative_sums(probs) - probs > top_p
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
     return logits
@@ -1056,8 +1252,9 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
 def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor,
                  patch_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy in nats of global tokens, 0 if there are none, and of patch tokens.
-    Their sum is trained: in the released model a global token weighs N / M = 3.4 patch tokens.
-    With global_weight M / N in train_ar.py all tokens weigh the same."""
+
+    Their sum is trained, so in the released model a global token weighs N / M = 3.4 patch tokens.
+    With --global-weight M / N in train_ar.py all tokens weigh the same."""
     patch_loss = F.cross_entropy(patch_logits.flatten(0, 1).float(), patch_ids.flatten())
     if global_ids.shape[1] == 0:
         return torch.zeros_like(patch_loss), patch_loss
@@ -1065,94 +1262,145 @@ def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor
     return global_loss, patch_loss
 
 
-# ==== PART 2: WHAT THE SCRIPTS SHARE: processes, flags, pictures, checkpoints ====
+# ---- Not in the paper: centring and revival, for short trainings on small data --------------------
 
-import argparse
-import contextlib
-import copy
-import errno
-import hashlib
-import inspect
-import json
-import os
-import re
-import shutil
-import signal
-import sys
-import time
-import traceback
-from pathlib import Path
+class Centring(nn.Module):
+    """Shift and scale each channel to mean 0 and variance 1 over the batch, like a BatchNorm
+    without weights. (B, T, C) -> (B, T, C) in float32
 
-import huggingface_hub.utils
-import torch.distributed as dist
-import torchvision
-from PIL import Image, ImageOps
+    Early in training a query's vector depends far more on which query it is than on the picture.
+    Its nearest code would be the same for every picture, and the decoder would learn to ignore it.
+    With per_position=True each of the `positions` has statistics of its own, as global tokens
+    need. Patch tokens share one set.
+
+    In train mode the statistics are those of the batch, over all processes, and running averages
+    follow them. Eval mode uses the averages. HitaError in train mode for a batch of one picture."""
+
+    def __init__(self, dim: int, positions: int = 1, per_position: bool = False):
+        super().__init__()
+        self.per_position = per_position
+        self.register_buffer("mean", torch.zeros(positions if per_position else 1, dim))
+        self.register_buffer("var", torch.ones(positions if per_position else 1, dim))
+
+    def forward(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            mean, var = self.mean.float(), self.var.float()  # (positions or 1, C) both
+            if self.training:
+                check(len(z) * world() > 1, "centring needs two pictures: raise --batch-size")
+                dims = (0,) if self.per_position else (0, 1)
+                # Gradients flow through both statistics, or the mean would run away.
+                mean = AllMean.apply(z.mean(dims, keepdim=True))[0]
+                var = AllMean.apply((z - mean).square().mean(dims, keepdim=True))[0]
+                with torch.no_grad():
+                    n = world() * z[..., 0].numel() // len(mean)  # values behind each statistic
+                    self.mean.lerp_(mean.type_as(self.mean), 0.01)
+                    self.var.lerp_((var * n / (n - 1)).type_as(self.var), 0.01)
+            return (z - mean) * (var + 1e-5).rsqrt()
 
 
-def usage(name: str, counts: Tensor) -> dict[str, float]:
-    """Counts (T, V) -> share of codes in use; bits: mean entropy of an id at a position."""
-    counts = counts.cpu().double()  # MPS has no float64
-    p = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    bits = torch.special.entr(p).sum(dim=1).mean() / math.log(2)
-    return {f"{name}_use": (counts.sum(dim=0) > 0).double().mean().item(),
-            f"{name}_bits": bits.item()}
+class CodeRevival(nn.Module):
+    """Keeps a small codebook alive: after each step of a training, codes that were hardly ever
+    nearest, and at first all codes, are put onto some of the encoder's outputs.
 
+    It stands beside a quantizer, which needs a parameter `codebook` (V, C) on the unit sphere.
+    HitaError for one that has none."""
+
+    def __init__(self, quantizer: nn.Module):
+        super().__init__()
+        check(hasattr(quantizer, "codebook"), f"{type(quantizer).__name__} has no codebook whose "
+                                              "codes could be revived: use --no-revive-codes")
+        self.register_buffer("hits", torch.zeros(len(quantizer.codebook)))  # (V,)
+
+    @torch.no_grad()
+    def step(self, quantizer: nn.Module, z: Tensor, ids: Tensor) -> None:
+        """z (B, T, C) is what was quantized, to ids (B, T). A frozen codebook never moves."""
+        codebook = quantizer.codebook
+        if not codebook.requires_grad:
+            return
+
+        self.hits *= 0.9  # a use is forgotten after 22 steps, when it counts less than 0.1
+        dead = self.hits < 0.1  # (V,)
+        counts = all_sum(count_ids(ids, len(dead)).sum(dim=0))  # (V,)
+        self.hits += counts.masked_fill(dead, 0.0)
+        self.hits.masked_fill_(dead, 1.0)
+
+        # The first process chooses from the outputs of all, so that the codebooks stay the same.
+        z = F.normalize(z.float(), dim=-1).flatten(0, 1)  # (B*T, C)
+        of_all = z.new_zeros(world(), *z.shape)
+        of_all[rank()] = z
+        z = all_sum(of_all).flatten(0, 1)  # (world * B*T, C)
+        choice = torch.randint(len(z), dead.shape, device=z.device)
+        choice = all_sum(choice * (rank() == 0))
+        codebook.copy_(torch.where(dead[:, None], z[choice].type_as(codebook), codebook))
+
+
+def count_ids(ids: Tensor, size: int) -> Tensor:
+    """How often each id stands at each position: (B, T) -> (T, size)."""
+    counts = torch.zeros(ids.shape[1], size, device=ids.device)
+    return counts.scatter_add_(1, ids.T, torch.ones_like(ids.T, dtype=counts.dtype))
+
+
+# ==== PART 2: WHAT THE SCRIPTS SHARE =============================================================
+#
+# Checks; processes and errors; pictures; training; checkpoints; the released files; the command
+# line.
+
+
+# ---- Checks: what would otherwise be silently wrong ----------------------------------------------
+#
+# They look at values, which a compiler or an exporter does not have: there they look at shapes only.
 
 def check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], size: int) -> None:
-    """HitaError unless ids are int64, 0 to size - 1, of this shape; None fits all."""
-    found = (ids.dtype, *ids.shape) if isinstance(ids, Tensor) else (type(ids),)
-    wanted = torch.int64, *shape
-    fits = len(found) == len(wanted) and all(b in (None, a) for a, b in zip(found, wanted))
-    check(fits, f"{name} are {found}, not {wanted}")
-    wrong = ids[(ids < 0) | (ids >= size)].tolist()
-    check(not wrong, f"{name} must be 0 to {size - 1}, not {wrong[:3]}")
+    """HitaError unless ids are int64, from 0 to size - 1, and of this shape; None fits any number.
 
-
-def check_range(low: float, high: float, *, whole: bool = False, **values) -> None:
-    """HitaError unless these are (whole) numbers from low to high."""
-    kind = (int, np.integer) if whole else (int, float, np.number)
-    for name, x in values.items():
-        fits = isinstance(x, kind) and low <= x <= high
-        check(fits, f"{name} is {x}, it must be a number from {low} to {high}")
+    Without it an id that is too large stops a GPU with a message about something else."""
+    same_shape = ids.dim() == len(shape) and all(
+        wanted in (None, found) for wanted, found in zip(shape, ids.shape))
+    check(ids.dtype == torch.int64 and same_shape,
+          f"{name} are {ids.dtype} of shape {tuple(ids.shape)}, they must be int64 of {shape}")
+    if not torch.compiler.is_compiling():
+        outside = ids[(ids < 0) | (ids >= size)]
+        check(len(outside) == 0, f"{name} must be from 0 to {size - 1}, not {outside[:3].tolist()}")
 
 
 def check_images(images: Tensor, stride: int, dtype: torch.dtype) -> None:
-    """HitaError unless (B, 3, H, W) in [-1, 1]; a warning where it looks like [0, 1]."""
-    found = images.dtype if isinstance(images, Tensor) else type(images)
-    check(found == dtype, f"images are {found}, not {dtype} in [-1, 1]: load_picture makes such, "
-                          "or x / 127.5 - 1 of bytes")
-    shape = tuple(images.shape)
-    fits = len(shape) == 4 and shape[1] == 3 and not any(x % stride for x in shape[2:])
-    check(fits and min(shape) > 0, f"images are {shape}, not (B, 3, H, W), H and W n x {stride}")
-    low, high = images.min(), images.max()
-    check(low > -2 and high < 2, f"pixels are {low:.3g} to {high:.3g}, not in [-1, 1]")
-    if 0 <= low < high:
-        warnings.warn("no pixel is below 0: of pictures in [0, 1] encode 2 * x - 1", stacklevel=3)
+    """HitaError unless images are (B, 3, H, W) with sides that are multiples of the stride, and in
+    [-1, 1]. A warning where they look like pictures in [0, 1], which would be encoded as pale
+    ones."""
+    check(images.dtype == dtype, f"images are {images.dtype}, the weights are {dtype}: load_picture "
+                                 "makes such images, or x / 127.5 - 1 of bytes")
+    sides_fit = images.dim() == 4 and images.shape[1] == 3 and not any(
+        side % stride for side in images.shape[2:])
+    check(sides_fit, f"images are {tuple(images.shape)}, they must be (B, 3, H, W) with H and W "
+                     f"multiples of {stride}")
+    if not torch.compiler.is_compiling():
+        low, high = images.min(), images.max()
+        check(low > -2 and high < 2, f"pixels are {low:.3g} to {high:.3g}, they must be in [-1, 1]")
+        if 0 <= low < high:
+            warnings.warn("no pixel is below 0: of pictures in [0, 1] encode 2 * x - 1",
+                          stacklevel=4)
 
 
-def psnr(images: Tensor, recon: Tensor) -> Tensor:
-    """PSNR in dB: (B, 3, H, W) in [-1, 1], twice -> (B,)"""
-    mse = (images - recon.clamp(-1, 1)).float().square().flatten(1).mean(dim=1)
-    return 10 * torch.log10(4 / mse.clamp(min=1e-10))  # the values span 2
+def check_finite(name: str, *tensors: Tensor) -> None:
+    """HitaError if a value is NaN or infinite."""
+    if not torch.compiler.is_compiling():
+        check(all(bool(x.isfinite().all()) for x in tensors), f"{name} is not finite: a weight may "
+              "be NaN, or float16 too small for this model (bfloat16 is not)")
 
 
-# ---- Processes: torchrun, signals, errors ------------------------------------
+# ---- Processes -----------------------------------------------------------------------------------
+#
+# N processes of torchrun compute what one would. Each takes its share of a batch (batch), DDP
+# averages the gradients (distribute), AllMean the statistics of centring, Log its figures, the
+# first process chooses the revived codes, and all of them stop after the same step (Stop.asked).
+# Two things differ: each process drops out other units (seed_step), and the discriminator's
+# BatchNorm sees its own share of the batch only.
 
 def rank() -> int:
-    """Index of this process, 0 without torchrun."""
+    """Index of this process, 0 without torchrun. It is asked before the processes have met, too."""
     return int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0
 
-
-def say(text: str) -> None:
-    """Print a line, in the first process only."""
-    if rank() == 0:
-        print(text, flush=True)
-
-
-# N processes compute what one does: each takes its share of a batch (batch); DDP averages
-# gradients (distribute), AllMean the statistics of centring, Log its figures;
-# the first chooses the revived codes; all stop after the same step (Stop.asked).
-# But dropout differs (seed_step), and the discriminator's BatchNorm sees its share.
 
 def world() -> int:
     """Number of processes, 1 without torchrun."""
@@ -1167,7 +1415,7 @@ def all_sum(x: Tensor) -> Tensor:
 
 
 class AllMean(torch.autograd.Function):
-    """Mean over all processes, with a gradient; torch's own has none, or warns."""
+    """Mean over all processes, with a gradient, which torch's own all_reduce does not have."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -1175,7 +1423,7 @@ class AllMean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        """The mean again: the losses of all processes depend on this x."""
+        """The mean again, because the losses of all processes depend on this x."""
         return all_sum(grad.clone()) / world()
 
 
@@ -1184,10 +1432,18 @@ def barrier() -> None:
     all_sum(torch.zeros(1))
 
 
+def print_once(text: str) -> None:
+    """Print a line, in the first process only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def set_up_device(name: str | None) -> torch.device:
-    """That device, or the best there is; joins the processes of torchrun."""
-    mps = torch.backends.mps.is_available()
-    name = name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    """The named device, or the best there is. Under torchrun it joins the other processes.
+    HitaError if there is no such device."""
+    if name is None:
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
         check(device.type in ("cuda", "mps", "cpu"), "it is not cuda, mps or cpu")
@@ -1195,18 +1451,18 @@ def set_up_device(name: str | None) -> torch.device:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     except (RuntimeError, AssertionError, ValueError) as e:
-        raise HitaError(f"no device {name} here ({first_line(e)}): try --device cpu") from e
-    torch.backends.cudnn.allow_tf32 = False  # with TF32 some ids would be others
+        raise HitaError(f"there is no device {name} here ({first_line(e)}): try --device cpu") from e
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda" and not has_bfloat16(device):
-        say("this GPU only emulates bfloat16: all is computed in float32")
+        print_once("this GPU only emulates bfloat16: everything is computed in float32")
     return device
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a GPU computes in bfloat16; those before Ampere only emulate it."""
+    """Whether a GPU computes in bfloat16. Those before Ampere only emulate it, slowly."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -1216,247 +1472,125 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def distribute(model: nn.Module) -> nn.Module:
-    """The model, wrapped where there are several processes."""
+    """The model, wrapped by DistributedDataParallel where there are several processes."""
     if world() == 1:
         return model
-    torch._dynamo.config.optimize_ddp = False  # fails when recomputing in torch 2.6
+    # DDP's own optimizer for compiled models fails with --recompute in torch 2.6.
+    torch._dynamo.config.optimize_ddp = False
     model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    model.broadcast_buffers = False  # the argument of this name warns on new versions
+    # As an argument of the constructor this warns on new versions of torch.
+    model.broadcast_buffers = False
     return model
 
 
-def use_compile(asked: bool | None, preset: str, device: torch.device) -> bool:
-    """Whether to compile: as asked, else on CUDA all but the small models."""
+def use_compile(asked: bool | None, model: nn.Module, device: torch.device) -> bool:
+    """Whether to compile: as asked, else on CUDA for models above 20 million parameters."""
     if asked is not None:
         return asked
-    return device.type == "cuda" and preset not in ("emoji", "prints")
+    return device.type == "cuda" and sum(p.numel() for p in model.parameters()) > 20e6
 
 
-def norm_by_channel(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """norm(x), (B, c, H, W), from moments of the channels, then of the groups. Compiled for
-    a GPU, torch's own copies to another layout than the convolutions' and back."""
-    each = x.shape[1] // norm.num_groups
-    moments = x.float().mean((2, 3)), x.float().square().mean((2, 3))  # (B, c) both
-    of_groups = (m.unflatten(1, (-1, each)).mean(2, keepdim=True) for m in moments)
-    # (B, groups, 1) -> (B, c), the same for all channels of a group
-    mean, square = (m.expand(-1, -1, each).flatten(1) for m in of_groups)
-    scale = norm.weight * (square - mean.square() + norm.eps).rsqrt()  # (B, c)
-    shift = norm.bias - mean * scale
-    y = x.float() * scale[..., None, None] + shift[..., None, None]
-    return y.type_as(norm.weight)
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Seed torch from (seed, step, process): no random state has to be saved."""
-    torch.manual_seed(np.random.SeedSequence((seed, step, rank())).generate_state(1).item())
-
+# ---- How a run ends ------------------------------------------------------------------------------
 
 class Stop:
-    """SIGTERM, Ctrl-C: the step ends, the run is saved; a second Ctrl-C ends at once."""
+    """With this, SIGTERM and Ctrl-C let the step end and the run be saved. A second Ctrl-C ends the
+    run at once. Behind the with block the signals do again what they did before."""
 
-    def __init__(self):
+    def __enter__(self):
         self.signalled = torch.zeros(1)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        self.before = {number: signal.signal(number, self.handle)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def handle(self, number: int, frame) -> None:
         """A signal has come."""
         self.signalled += 1
+        # print is not allowed here: the signal may have come in the middle of another print.
         os.write(2, b"stopping after this step\n")
-        if world() == 1:  # with torchrun it always comes twice
+        # torchrun passes each Ctrl-C on, so with it the second one is nobody's wish.
+        if world() == 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def asked(self) -> bool:
-        """Whether any process was told to stop; the same answer in all."""
+        """Whether any process was told to stop. All processes get the same answer."""
         return all_sum(self.signalled.clone()).item() > 0
 
 
 def ignore_signals(worker: int) -> None:
-    """For loaders: the last step may need their batches; run_script ends them."""
+    """For the processes of a loader: the last step may still need their batches."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def explanation(error: Exception, memory: str) -> str | None:
-    """One line for what a user can mend, None for mistakes in the code."""
-    if isinstance(error, HitaError):  # one of a loader's process ends a traceback
-        return str(error).rpartition("hita.HitaError: ")[2].strip()
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{first_line(error)} What helps: {memory}"
-    file = error.filename if isinstance(error, OSError) else None
-    words = [*(word.rpartition("=")[2] for word in sys.argv[1:]), "out", EMOJI.parent]
-    named = [word for word in words if isinstance(file, (str, Path))
-             and Path(os.path.abspath(file)).is_relative_to(os.path.abspath(word))]
-    full = errno.errorcode.get(getattr(error, "errno", None)) in ("ENOSPC", "EDQUOT", "EFBIG")
-    return f"{first_line(error)}; choose another place" if named or full else None
-
-
-def run_script(main, memory: str) -> None:
-    """Call a script's main. What a user can mend ends in one line and status 2, a mistake
-    in the code in its traceback, and all processes end. memory: what helps if a GPU is full."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors="backslashreplace")  # for odd file names
+def run_script(main) -> None:
+    """Call a script's main. A HitaError ends it in one line and with status 2, anything else in its
+    traceback. Either way all its processes end."""
     status = 0
     try:
         main()
     except KeyboardInterrupt:
         status = 130
-    except Exception as e:
-        text, status = explanation(e, memory), 2
-        if text:
-            print("error:", text, file=sys.stderr, flush=True)
-        elif world() == 1:
-            raise
-        else:
-            sys.excepthook(*sys.exc_info())
+    except HitaError as e:
+        # One that comes from a loader's process is the last line of that process's traceback.
+        text = str(e).rpartition("hita.HitaError: ")[2].strip()
+        print("error:", text, file=sys.stderr, flush=True)
+        status = 2
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        status = 1
     finally:
-        # Python would wait for loaders for ever, torch raise an error if one ends
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for loader in torch.multiprocessing.active_children():
-            loader.kill()
-            loader.join()
+        end_loaders()
+
     sys.stdout.flush()
-    if status:
-        os._exit(status) if world() > 1 else sys.exit(status)  # without waiting for the others
+    if status and world() > 1:
+        # Leaving in the usual way would wait for the other processes, perhaps for ever.
+        os._exit(status)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if status:
+        sys.exit(status)
 
 
-# ---- Flags ------------------------------------------------------------------
-
-POSITIVE = set(
-    "channels channel_mult res_blocks latent_dim layers dim global_codebook_size steps batch_size "
-    "patch_codebook_size global_code_dim patch_code_dim dino_dim accumulate lr clip gan_width "
-    "crop_range copies log_every eval_every".split())
-NOT_NEGATIVE = set(
-    "num_global k beta lr_final warmup weight_decay lpips_weight gan_weight gan_start "
-    "global_weight sample_cfg keep_every workers seed".split())
-SHARES = {"dropout", "token_dropout", "class_dropout", "ema"}
+def end_loaders() -> None:
+    """End the processes of all loaders. Python would wait for them for ever."""
+    # torch's own handler would raise an error when one of them ends.
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for loader in torch.multiprocessing.active_children():
+        loader.kill()
+        loader.join()
 
 
-def check_numbers(settings):
-    """The settings. HitaError if a number in a list is out of range."""
-    for name, value in vars(settings).items():
-        text = f"{name} is {value}, it must be"
-        for x in value if isinstance(value, tuple) else (value,):
-            check(name not in POSITIVE or 0 < x < math.inf, f"{text} positive")
-            check(name not in NOT_NEGATIVE or 0 <= x < math.inf, f"{text} 0 or more")
-            check(name not in SHARES or 0 <= x < 1, f"{text} 0 or more and below 1")
-    return settings
+# ---- Pictures ------------------------------------------------------------------------------------
 
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message: str):
-        """The command line is wrong."""
-        raise HitaError(f"{message}; see --help")
-
-    def parse_args(self) -> argparse.Namespace:
-        """The command line. HitaError for an empty value, as of "$UNSET"."""
-        for before, word in zip(sys.argv, sys.argv[1:]):
-            empty = not word or re.fullmatch("--[a-z-]+=", word)
-            check(not empty, f"{word or before} is empty: leave it out")
-        if any(EMOJI.stem in word for word in sys.argv):
-            embedded_data()  # or a path in it would not be there
-        return super().parse_args()
-
-    def add_run(self, presets: list[str]) -> None:
-        """The flags that both training scripts have."""
-        add = self.add_argument
-        add("--preset", choices=presets, help="settings to start from [emoji]")
-        add("--data", help="folder with train/<class>/, val/<class>/ [embedded]")
-        add("--out", default="out", help="run directory [out]")
-        add("--export", metavar="FILE", help="write the weights alone and stop")
-        add("--resume", nargs="?", const="", metavar="FILE",
-            help="go on from this checkpoint [the one in the run directory]")
-        add("--init-from", metavar="FILE", help="start from weights: file or released name")
-        add("--dino-file", metavar="FILE", help="DINOv2 weights [the Hub's]")
-        add("--device", help="cuda, mps or cpu [the best there is]")
-        add("--compile", action=argparse.BooleanOptionalAction,
-            help="torch.compile, takes minutes [on CUDA, but for the demo]")
-
-    def add_settings(self, settings, skip: tuple[str, ...] = ()) -> None:
-        """A flag for each field of a dataclass, with its comment as help."""
-        source = inspect.getsource(type(settings))
-        comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE))
-        group = self.add_argument_group(type(settings).__name__)
-        for name, value in vars(settings).items():
-            if name in skip:
-                continue
-            how = {"type": integers if isinstance(value, tuple) else type(value), "metavar": "X"}
-            if isinstance(value, bool):
-                how = {"action": argparse.BooleanOptionalAction}
-            flag = "--" + name.replace("_", "-")
-            text = f"{comments.get(name, '')} [{value}]".replace("%", "%%")
-            group.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
-
-
-def integers(text: str) -> tuple[int, ...]:
-    """'1,2,4' -> (1, 2, 4)"""
-    return tuple(map(int, text.split(",")))
-
-
-def override(settings, args: argparse.Namespace):
-    """A copy of the settings with the flags that were given."""
-    given = {name: x for name, x in vars(args).items() if hasattr(settings, name)}
-    return check_numbers(replace(settings, **given))
-
-
-# ---- Pictures ----------------------------------------------------------------
-
-EMOJI = Path(__file__).parent / "data" / "prints64.zip"
-PICTURES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif", ".jp2")
-NOT_DATA = {"__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin"}
-warnings.filterwarnings("ignore", module="PIL")  # of files with faults that do no harm
+EMBEDDED = Path(__file__).parent / "data" / "prints64.zip"
+PICTURES = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif", ".jp2")
+warnings.filterwarnings("ignore", module="PIL")  # it warns of faults in files that do no harm
 
 
 def embedded_data() -> Path:
-    """The embedded pictures, unpacked beside the zip at first use."""
-    folder = EMOJI.with_suffix("")
+    """The folder of the embedded pictures, unpacked beside the zip at first use."""
+    folder = EMBEDDED.with_suffix("")
     if rank() == 0 and not folder.is_dir():
-        check(EMOJI.is_file(), f"{EMOJI} is missing: clone the repository again")
         temporary = folder.with_suffix(f".{os.getpid()}.tmp")
-        shutil.unpack_archive(EMOJI, temporary)
-        with contextlib.suppress(OSError):  # another run may have been faster
-            os.replace(temporary, folder)
+        shutil.unpack_archive(EMBEDDED, temporary)
+        os.replace(temporary, folder)
     barrier()
     return folder
 
 
-def data_entries(folder: str | Path) -> list[os.DirEntry]:
-    """What is in a folder by name, but for hidden and foreign things."""
-    entries = sorted(os.scandir(folder), key=lambda x: x.name)
-    return [x for x in entries if x.name[0] != "." and x.name.lower() not in NOT_DATA]
-
-
-def picture_files(folder: str | Path | os.DirEntry):
-    """Picture files below a folder, links to them too; links to folders may be circles."""
-    for entry in data_entries(folder):
-        if entry.is_dir(follow_symlinks=False):
-            yield from picture_files(entry)
-        elif entry.name.lower().endswith(PICTURES):
-            yield entry.path
-
-
 def on_white(image: Image.Image) -> Image.Image:
-    """A picture of 8 bits as RGB, upright by its EXIF data, on white where transparent."""
-    check(image.mode[0] not in "IF", f"pixels are {image.mode}: save it with 8 bits")
-    image = image.copy()  # loads it, too: PNG files may have all this at their end
-    with contextlib.suppress(Exception):  # damaged EXIF blocks raise nearly everything
-        ImageOps.exif_transpose(image, in_place=True)
+    """A picture of 8 bits as RGB, upright by its EXIF data, on white where it is transparent.
+    HitaError for other numbers of bits."""
+    check(image.mode[0] not in "IF", f"its pixels are {image.mode}: save it with 8 bits")
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF blocks raise nearly everything, and the picture may be fine
+        pass
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -1464,41 +1598,50 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def read_picture(picture) -> Image.Image:
-    """A file (name or open) or a PIL picture as on_white gives it. HitaError if damaged."""
+    """A file (its name, or an open one) or a PIL picture -> as on_white gives it.
+    HitaError if it cannot be read."""
+    if isinstance(picture, Image.Image):
+        return on_white(picture)
     try:
-        if isinstance(picture, Image.Image):
-            return on_white(picture)
-        with Image.open(picture) as image:
-            return on_white(image)
+        image = Image.open(picture)
+        image.load()
     except Exception as e:  # damaged files raise nearly everything, in Pillow
-        own = traceback.extract_tb(e.__traceback__)[-1].filename == __file__
-        if own and not isinstance(e, HitaError):
-            raise  # a mistake in this code, not in the file
-        name = picture if isinstance(picture, (str, Path)) else type(picture)
-        raise HitaError(f"the picture {name} cannot be read: {first_line(e)}") from e
+        raise HitaError(f"the picture {picture} cannot be read: {first_line(e)}") from e
+    return on_white(image)
 
 
 def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None = None,
                 crop_range: float = 1.0) -> Tensor:
-    """A picture -> (3, size, size) in [-1, 1]: the centre, as in ADM's evaluation, or with rng
-    a random part, between crop_range of the smaller side and all of it."""
-    side = size if rng is None else rng.integers(size, math.ceil(size / crop_range) + 1)
-    while min(image.size) >= 2 * side:  # halving first avoids aliasing
+    """A picture -> (3, size, size) in [-1, 1].
+
+    Without rng it is the centre, as in ADM's evaluation. With rng it is a random square whose side
+    is between crop_range of the picture's smaller side and all of it."""
+    side = size
+    if rng is not None:
+        side = rng.integers(size, math.ceil(size / crop_range) + 1)
+
+    # Halving as long as possible avoids aliasing.
+    while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     image = ImageOps.scale(image, side / min(image.size), Image.Resampling.BICUBIC)
-    spare = image.width - size, image.height - size
-    x, y = (n // 2 if rng is None else int(rng.integers(n + 1)) for n in spare)
+
+    spare_x, spare_y = image.width - size, image.height - size
+    if rng is None:
+        x, y = spare_x // 2, spare_y // 2
+    else:
+        x, y = int(rng.integers(spare_x + 1)), int(rng.integers(spare_y + 1))
     image = image.crop((x, y, x + size, y + size))
     return TF.pil_to_tensor(image).float() / 127.5 - 1  # (3, size, size)
 
 
 def load_picture(picture, size: int) -> Tensor:
-    """A file or PIL picture -> centre (1, 3, size, size) in [-1, 1]. HitaError if damaged."""
+    """A file or PIL picture -> its centre (1, 3, size, size) in [-1, 1]. HitaError if it cannot be
+    read."""
     return crop_square(read_picture(picture), size)[None]
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in about [-1, 1] -> the nearest pixel values 0 .. 255."""
+    """Images in about [-1, 1] -> the nearest pixel values 0 ... 255."""
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
@@ -1509,75 +1652,89 @@ def picture_grid(images: Tensor, columns: int = 8) -> Image.Image:
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 
+def psnr(images: Tensor, recon: Tensor) -> Tensor:
+    """PSNR in dB of recon (B, 3, H, W), clamped, to images (B, 3, H, W) in [-1, 1] -> (B,)"""
+    mse = (images - recon.clamp(-1, 1)).float().square().flatten(1).mean(dim=1)
+    return 10 * torch.log10(4 / mse.clamp(min=1e-10))  # 4, since the values span 2
+
+
 class Pictures(torch.utils.data.Dataset):
-    """DIR/<split>/<class>/<picture>: items (epoch, index) -> image (3, size, size), class.
-    Classes are the folders in DIR/train that hold pictures.
-    augment: crop and flip follow from (seed, epoch, index); without it epoch 0 is the plain
-    picture, 1 its mirror image, later ones are augmented.
+    """DIR/<split>/<class>/<picture>, with the folders of DIR/train as the classes of every split.
+
+    data[i] is the plain picture i, an image (3, size, size) in [-1, 1], and its class. A training
+    asks for data[epoch, i]. With augment=True its crop and flip follow from (seed, epoch, i) and
+    nothing else, so that a resumed run sees the same pictures; without it epoch 0 is the plain
+    picture, epoch 1 its mirror image, and later ones are augmented.
     A picture that cannot be read is named, and the next one stands in.
-    HitaError if there are no pictures, or 20 in a row cannot be read."""
+    HitaError if there are no pictures, or twenty in a row cannot be read."""
 
     def __init__(self, root: str | Path, split: str, size: int, augment: bool = False,
                  crop_range: float = 1.0, seed: int = 0):
-        check(crop_range <= 1, f"crop_range is {crop_range}, it must be at most 1")
-        self.root, self.split = Path(root) / split, split
-        self.size, self.augment = size, augment
-        self.crop_range, self.seed = crop_range, seed
-        folder = Path(root) / "train"
-        check(folder.is_dir(), f"no folder {folder}: put pictures in {folder}/<class>/")
-        self.classes = [entry.name for entry in data_entries(folder)
-                        if entry.is_dir() and next(picture_files(entry), None)]
-        self.samples = [(path, label) for label, name in enumerate(self.classes)
-                        if (self.root / name).is_dir()
-                        for path in picture_files(self.root / name)]
-        check(len(self) > 0, f"no pictures in {self.root}/<class>/, classes of {folder}")
-        others = [x.name for x in data_entries(self.root) if x.name not in self.classes]
-        if others:
-            say(f"left out in {self.root}, no classes of {folder}: {', '.join(others[:5])}")
+        self.root = Path(root) / split
+        self.split = split
+        self.size = size
+        self.augment = augment
+        self.crop_range = crop_range
+        self.seed = seed
+        check(0 < crop_range <= 1, f"crop_range is {crop_range}, it must be above 0 and at most 1")
+
+        train = Path(root) / "train"
+        check(train.is_dir(), f"there is no folder {train}: put pictures into {train}/<class>/")
+        self.classes = sorted(entry.name for entry in os.scandir(train)
+                              if entry.is_dir() and not entry.name.startswith("."))
+        labels = {name: label for label, name in enumerate(self.classes)}
+
+        def is_picture(path: str) -> bool:
+            hidden = f"{os.sep}." in path[len(str(self.root)):]
+            return path.lower().endswith(PICTURES) and not hidden
+
+        # A validation split may lack classes. In train an empty class would never be learned.
+        try:
+            self.samples = make_dataset(self.root, labels, is_valid_file=is_picture,
+                                        allow_empty=split != "train")  # (path, label)
+        except (FileNotFoundError, ValueError) as e:
+            raise HitaError(f"{self.root}/<class>/: {first_line(e)}") from e
+        check(len(self.samples) > 0, f"there are no pictures in {self.root}/<class>/")
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """The picture, or the next that can be read, and its class."""
-        errors = []
-        while len(errors) < min(20, len(self)):
-            path, label = self.samples[(index + len(errors)) % len(self)]
+        """The picture, or the next one that can be read, and its class."""
+        for i in range(index, index + min(20, len(self))):
+            path, label = self.samples[i % len(self)]
             try:
                 return read_picture(path), label
             except HitaError as e:
-                errors.append(e)
                 print("skipped:", e, file=sys.stderr, flush=True)
-        raise HitaError(f"none of {len(errors)} pictures in a row can be read; {errors[0]}")
+        raise HitaError(f"no picture from {self.samples[index][0]} on can be read, twenty were "
+                        "tried")
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = item
+    def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor, int]:
+        plain = not isinstance(item, tuple)
+        epoch, index = (0, item) if plain else item
         image, label = self.read(index)
-        # augmentation depends on nothing but these three numbers
-        random = self.augment or epoch > 1
-        rng = np.random.default_rng((self.seed, epoch, index)) if random else None
-        image = crop_square(image, self.size, rng, self.crop_range)
-        flip = rng.random() < 0.5 if random else epoch == 1
-        return image.flip(-1) if flip else image, label
 
-    def signature(self) -> list:
-        """What a cache of these pictures depends on: names, sizes, dates."""
-        files = []
-        for path, label in self.samples:
-            stat = os.stat(path) if os.path.exists(path) else os.lstat(path)
-            name = os.path.relpath(path, self.root)
-            files.append([name, label, stat.st_size, stat.st_mtime_ns])
-        return [files, self.size, self.crop_range, self.seed]
+        if epoch > 1 or (self.augment and not plain):
+            rng = np.random.default_rng((self.seed, epoch, index))
+            image = crop_square(image, self.size, rng, self.crop_range)
+            flip = rng.random() < 0.5
+        else:
+            image = crop_square(image, self.size)
+            flip = epoch == 1
+        return image.flip(-1) if flip else image, label
 
 
 def validation_pictures(train: Pictures) -> Pictures:
-    """Those in val; where there is no val, about 1,000 of train, plain."""
+    """The pictures in val or, where there is no val, about 1,000 of train, spread over all classes.
+    HitaError if val is there and empty."""
     root = train.root.parent
     if (root / "val").is_dir():
         return Pictures(root, "val", train.size)
-    say(f"{root} has no val: figures called train_... are of training pictures")
+
+    print_once(f"{root} has no val: figures called train_... are of training pictures")
     some = copy.copy(train)
-    some.augment, some.samples = False, train.samples[::max(1, len(train) // 1000)]
+    some.samples = train.samples[::max(1, len(train) // 1000)]
     return some
 
 
@@ -1588,46 +1745,51 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batch(step: int, length: int, batch_size: int, seed: int) -> list[tuple[int, int]]:
-    """(epoch, index) of this process's share of a step."""
-    share, rest = divmod(batch_size, world())
-    check(rest == 0, f"batch_size {batch_size} is no multiple of {world()} processes")
+    """(epoch, index) of the pictures of this process in a step. The arguments alone decide it.
+    HitaError if the processes cannot share the batch."""
+    check(batch_size % world() == 0,
+          f"batch_size is {batch_size}, no multiple of {world()} processes")
+    share = batch_size // world()
     first = (step - 1) * batch_size + rank() * share
-    places = (divmod(i, length) for i in range(first, first + share))
-    return [(epoch, epoch_order(length, seed, epoch)[i].item()) for epoch, i in places]
+    items = []
+    for position in range(first, first + share):
+        epoch, place = divmod(position, length)
+        items.append((epoch, epoch_order(length, seed, epoch)[place].item()))
+    return items
 
 
-def new_array(path: Path, dtype: type, shape: tuple[int, ...], copies: int = 1) -> None:
-    """Zeros as a .npy file. HitaError without room: a full disk would kill who maps it."""
-    needed = copies * math.prod(shape) * np.dtype(dtype).itemsize
-    free = shutil.disk_usage(path.parent).free
-    check(needed < free, f"{path} takes {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
-    write_file(path, lambda f: np.save(f, np.zeros(shape, dtype)))  # no file with holes
-
+# Arrays of pictures for evaluation: all processes fill one file, which is then packed.
 
 def picture_array(path: Path, count: int, size: int) -> np.ndarray:
-    """Zeros (count, size, size, 3) uint8 on the disk, filled by all processes."""
+    """Zeros (count, size, size, 3) uint8 in a file beside path, for all processes to fill.
+    HitaError if it cannot be written."""
     raw = path.with_name(f".{path.name}.raw")
     if rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new_array(raw, np.uint8, (count, size, size, 3), copies=2)  # and once more when packed
+        write_file(raw, lambda f: np.save(f, np.zeros((count, size, size, 3), np.uint8)))
     barrier()
     return np.lib.format.open_memmap(raw, "r+")
 
 
 def pack_pictures(path: Path, *labels: np.ndarray) -> None:
-    """Pack that array, no longer in use, as .npz: arr_0, as ADM has it, labels arr_1."""
+    """Pack that array as .npz: the pictures as arr_0, as ADM has them, labels as arr_1."""
     barrier()
     if rank() == 0:
-        raw = path.with_name(f".{path.name}.raw")  # Windows would not remove a mapped file
+        raw = path.with_name(f".{path.name}.raw")
         write_file(path, lambda f: np.savez(f, np.load(raw, mmap_mode="r"), *labels))
         raw.unlink()
     barrier()
 
 
-# ---- Training ----------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch from (seed, step, process), so that no random state has to be saved."""
+    state = np.random.SeedSequence((seed, step, rank())).generate_state(1)
+    torch.manual_seed(state.item())
+
 
 def learning_rate(step: int, recipe) -> float:
-    """Linear warm-up from 1e-7, a cosine from lr to lr_final; step counts from 1."""
+    """A linear warm-up from 1e-7, then a cosine from lr to lr_final. Steps count from 1."""
     if step <= recipe.warmup:
         return 1e-7 + step * (recipe.lr - 1e-7) / recipe.warmup
     progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
@@ -1636,50 +1798,79 @@ def learning_rate(step: int, recipe) -> float:
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema <- decay ema + (1 - decay) model of the parameters; buffers are copied."""
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """ema <- decay * ema + (1 - decay) * model of the parameters; buffers are copied.
+
+    At first the decay is smaller, or the average would long be that of the random start."""
+    decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    for ours, theirs in zip(ema.buffers(), model.buffers()):
-        ours.copy_(theirs)
+    for averaged, current in zip(ema.buffers(), model.buffers()):
+        averaged.copy_(current)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, model: nn.Module, clip: float) -> Tensor:
-    """Clip the gradients, take a step -> their norm. HitaError if not finite."""
+    """Clip the gradients and take a step -> their norm before. Whether it is finite is asked where
+    the log is written, before anything is saved: asking here would make a GPU wait at each step."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    check(bool(norm.isfinite()), "a gradient is not finite: --resume with a lower --lr")
     optimizer.step()
     return norm
 
 
+def usage(name: str, counts: Tensor) -> dict[str, float]:
+    """Counts of ids at each position (T, V) -> the share of codes in use, and bits: the mean
+    entropy of an id at its position. The share can be 1 although each position always has the same
+    id; bits are 0 then."""
+    counts = counts.cpu().double()  # MPS has no float64
+    p = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    bits = torch.special.entr(p).sum(dim=1).mean() / math.log(2)
+    used = (counts.sum(dim=0) > 0).double().mean()
+    return {f"{name}_use": used.item(), f"{name}_bits": bits.item()}
+
+
 class Log:
-    """Lines of figures, printed and added to a JSON file; drops lines after `start`."""
+    """Lines of figures, printed and added to a file of JSON lines. Lines after step `start`, which
+    a killed run may have left, are dropped."""
 
     def __init__(self, path: Path, steps: int, start: int):
-        self.path, self.steps = path, steps
-        self.values = {}  # (name, is a count): (sum, times)
-        self.last, self.since = start, time.time()
+        self.path = path
+        self.steps = steps
+        self.last = start
+        self.since = time.time()
+        self.scalars = {}  # name: list of the values since the last line
+        self.counts = {}  # name: sum of counts (T, V) since the last line
         if rank() == 0 and path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            whole = [x for x in lines if x.endswith("}\n")]  # not what a killed write left
+            whole = [line for line in lines if line.endswith("}\n")]  # a kill may have cut the last
             path.write_text("".join(x for x in whole if json.loads(x)["step"] <= start))
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Of a step: scalars, which are averaged, and counts of ids (T, V)."""
-        for name, value in values.items():
-            value = torch.as_tensor(value, dtype=torch.float32).detach()
-            key = name, value.dim() == 2  # a loss may have the name of a kind of ids
-            total, times = self.values.get(key, (0, 0))
-            self.values[key] = total + (value if key[1] else value.mean()), times + 1
+    def add(self, scalars: dict[str, Tensor]) -> None:
+        """Figures of a step, on the device. A line shows their mean."""
+        for name, value in scalars.items():
+            self.scalars.setdefault(name, []).append(value.detach().float().mean())
 
-    def write(self, step: int, batch_size: int) -> None:
-        """A line of what was added since the last one, and of the speed."""
+    def count(self, name: str, counts: Tensor) -> None:
+        """Counts of ids (T, V) of a step. A line shows their usage."""
+        self.counts[name] = self.counts.get(name, 0) + counts
+
+    def write(self, step: int, batch_size: int, lr: float) -> None:
+        """A line of what was added since the last one, of the learning rate and of the speed.
+        HitaError if a gradient, or anything else, has not been finite."""
         figures = {}
-        for (name, is_count), (total, times) in self.values.items():
-            total = all_sum(total)  # only here the device is waited for
-            figures |= usage(name, total) if is_count else {name: total.item() / times / world()}
-        speed = (step - self.last) / (time.time() - self.since)  # steps per second
-        figures |= {"images/s": speed * batch_size, "eta_min": (self.steps - step) / speed / 60}
+        for name, values in self.scalars.items():
+            # Only here the host waits for the device.
+            total = all_sum(torch.stack(values).sum())
+            figures[name] = total.item() / len(values) / world()
+        for name, counts in self.counts.items():
+            figures |= usage(name, all_sum(counts))
+        steps_per_second = (step - self.last) / (time.time() - self.since)
+        figures["lr"] = lr
+        figures["images/s"] = steps_per_second * batch_size
+        figures["eta_min"] = (self.steps - step) / steps_per_second / 60
         self.line(step, figures)
+
+        wrong = [name for name, x in figures.items() if not math.isfinite(x)]
+        check(not wrong, f"{', '.join(wrong)} not finite: the run has diverged. What was saved is "
+                         "good: --resume with a lower --lr")
 
     def line(self, step: int, figures: dict[str, float]) -> None:
         """A line of these figures."""
@@ -1687,25 +1878,20 @@ class Log:
             text = " ".join(f"{name} {x:.4g}" for name, x in figures.items())
             print(f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}", flush=True)
             with open(self.path, "a") as f:
-                f.write(json.dumps({"step": step, **figures} | {"step": step}) + "\n")
-        self.values, self.last, self.since = {}, step, time.time()
+                f.write(json.dumps({"step": step, **figures}) + "\n")
+        self.scalars, self.counts = {}, {}
+        self.last, self.since = step, time.time()
 
 
-# ---- Checkpoints: plain tensors and values, loaded with weights_only=True ----
+# ---- Checkpoints: plain tensors and values, loaded with weights_only=True ------------------------
 #
-# kind, step, config, recipe; states of model, ema, optimizer, ...; classes of a Llama;
-# made_from: data (None: embedded), pictures, preset, dino_file, tokenizer, tokenizer_hash.
-
-def check_writable(path: Path, folder: bool = False) -> None:
-    """HitaError unless a file or folder can be written there; makes nothing."""
-    place = next(x for x in path.absolute().parents if os.path.exists(x))
-    fits = not os.path.exists(path) or os.path.isdir(path) == folder and os.access(path, os.W_OK)
-    check(fits and os.path.isdir(place) and os.access(place, os.W_OK),
-          f"{path} cannot be written: choose another place")
-
+# kind ("tokenizer" or "llama"), config, ema: what a model is, with averaged weights
+# data: "embedded", a folder, or "" where that is not known; dino_file: a path, or None
+# of a Llama also classes, their names, and tokenizer: config and ema of the tokenizer
+# of a run also step, recipe, and the states of model, optimizer, ...
 
 def write_file(path: Path, write) -> None:
-    """write(file) fills a temporary file, which moves to path. HitaError if it cannot."""
+    """write(file) fills a temporary file, which then moves to path. HitaError if it cannot."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1714,244 +1900,237 @@ def write_file(path: Path, write) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
-        raise HitaError(f"cannot write {path}, is there room? ({first_line(e)})") from e
+        raise HitaError(f"cannot write {path} ({first_line(e)}): choose another place, or make "
+                        "room") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder, made where it is not there yet. HitaError if it cannot be, or not be written."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise HitaError(f"cannot write into {path} ({first_line(e)}): choose another place") from e
+    return Path(path)
 
 
 def save_run(out: Path, kind: str, step: int, cfg, recipe, parts: dict, **facts) -> None:
-    """A run as <kind>.pt, at multiples of keep_every also as <kind>-<step>.pt."""
+    """A run as <kind>.pt, and at multiples of keep_every also as <kind>-<step>.pt."""
     if rank() == 0:
         data = {"kind": kind, "step": step, "config": vars(cfg), "recipe": vars(recipe), **facts}
-        data |= {name: part.state_dict() for name, part in parts.items()}
+        for name, part in parts.items():
+            data[name] = part.state_dict()
         if recipe.keep_every and step % recipe.keep_every == 0:
             write_file(out / f"{kind}-{step:06d}.pt", partial(torch.save, data))
         write_file(out / f"{kind}.pt", partial(torch.save, data))
     barrier()
 
 
-KINDS = {"tokenizer": (TokenizerConfig, HitaTokenizer, "train_tokenizer.py"),
-         "llama": (LlamaConfig, Llama, "train_ar.py")}
+def export(path: str, run: str | Path, kind: str) -> None:
+    """--export: the averaged weights of a run in half precision, without paths of this machine."""
+    check(not Path(path).exists(), f"{path} exists already: choose another file")
+    data = read_checkpoint(run, kind)
+    exported = {name: data[name] for name in ("kind", "config", "classes") if name in data}
+    exported["data"] = "embedded" if data["data"] == "embedded" else ""
+    exported["dino_file"] = None
+    exported["ema"] = in_half(data["ema"])
+    if "tokenizer" in data:
+        tokenizer = data["tokenizer"]
+        exported["tokenizer"] = {"config": tokenizer["config"], "ema": in_half(tokenizer["ema"])}
+    write_file(Path(path), partial(torch.save, exported))
+    print(f"{path}: {Path(path).stat().st_size / 1e6:.1f} MB")
+
+
+def in_half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices and kernels in half precision. Vectors stay as they are: they are small."""
+    return {name: x.half() if x.dim() > 1 else x for name, x in weights.items()}
 
 
 def read_checkpoint(path: str | Path, kind: str) -> dict:
-    """A file or released model; "config" is a dataclass, "ema" has weights under our names.
-    HitaError if there is none, or it would run code or holds something else."""
-    Config, _, script = KINDS[kind]
-    if str(path) in RELEASED:
-        path = released_file(str(path), kind)
-    remedy = f"make one with python {script}, or see python sample.py --list"
-    check(Path(path).is_file(), f"there is no {kind} checkpoint {path}; {remedy}")
+    """The checkpoint in a file or of a released name. In a Llama's file kind "tokenizer" finds the
+    tokenizer that it was trained on.
+
+    HitaError if there is none, it would run code, or it holds something else."""
+    path = released_file(path, kind)
+    check(Path(path).is_file(), f"there is no file {path}: train a {kind} by train_"
+                                f"{'ar' if kind == 'llama' else kind}.py, or see sample.py --list")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # of released files
-            mmap = os.name != "nt"  # Windows cannot replace a mapped file
-            data = {**torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)}
-    except Exception as e:  # of many kinds
-        raise HitaError(f"{path} is no checkpoint that reads safely ({type(e).__name__}); "
-                        f"{remedy}") from e
-    if "kind" not in data:
-        places = data.get("ema"), data.get("model"), data
-        data |= from_released(next((x for x in places if isinstance(x, dict) and x), {}))
-    found = f"a {data['kind']}" if {"kind", "config", "ema"} <= data.keys() else "no checkpoint"
-    check(found == f"a {kind}", f"{path} holds {found}, a {kind} is needed; {remedy}")
-    if isinstance(data["config"], dict):
-        data["config"] = settings_of(Config, data["config"], path)
-    return {"made_from": {}, **data}
+        # The released files hold the arguments of their training, too, which are a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # torch and pickle raise many kinds
+        raise HitaError(f"{path} cannot be read safely: {first_line(e)}") from e
 
-
-def settings_of(Config, values: dict, path: str | Path):
-    """Settings of a checkpoint. HitaError for those unknown to this version."""
-    usual = vars(Config())
-    wrong = {name: x for name, x in values.items()
-             if name not in usual or isinstance(x, str) != isinstance(usual[name], str)}
-    check(not wrong, f"{path} is of another version: what is {wrong}?")
-    return check_numbers(Config(**values))
-
-
-MAY_CHANGE = "k beta dropout token_dropout class_dropout image_size grid num_classes".split()
-FIXED = {"seed", "batch_size", "gan_width", "copies", "pictures"}  # as the model's settings
-
-
-def as_flag(name: str, value) -> str:
-    """As it is typed: '--dim 128', '--channel-mult 1,1,2', '--no-centre'."""
-    text = "" if isinstance(value, bool) else str(value).strip("()").replace(", ", ",")
-    return f"--{'no-' * (value is False)}{name.replace('_', '-')} {text}".strip()
-
-
-def check_start(path: str, theirs, ours, presets: dict) -> None:
-    """HitaError if weights made with `theirs` do not go on as `ours`; names what fits."""
-    differ = lambda cfg: [as_flag(name, x) for name, x in vars(theirs).items()
-                          if name not in MAY_CHANGE and x != getattr(cfg, name)]
-    fits = [f", or --preset {name}" for name, preset in presets.items() if not differ(preset)]
-    check(not differ(ours), f"{path} needs {' '.join(differ(ours))}{''.join(fits)}")
+    if not isinstance(data, dict) or "kind" not in data:
+        data = from_released(path, data)
+    data = {"data": "", "dino_file": None, **data}
+    if kind == "tokenizer" and "tokenizer" in data:
+        data = {"kind": kind, "data": data["data"], "dino_file": data["dino_file"],
+                **data["tokenizer"]}
+    check(data["kind"] == kind, f"{path} holds a {data['kind']}, a {kind} is needed")
+    return data
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
     """Put weights into a model. HitaError if they do not fit."""
     try:
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as e:
+    except RuntimeError as e:
         last = str(e).strip().splitlines()[-1].strip()
         raise HitaError(f"{path} does not fit: {last}") from e
 
 
-def load_model(path: str | Path, kind: str) -> HitaTokenizer | Llama:
-    """EMA weights, in eval mode on the CPU; `made_from` says of what."""
-    data = read_checkpoint(path, kind)
-    model = KINDS[kind][1](data["config"])
-    load_weights(model, data["ema"], path)
-    model.made_from, model.classes = data["made_from"], data.get("classes")
-    return model.eval()
+def load_tokenizer(path: str | Path, dino: str | Path | None = None) -> HitaTokenizer:
+    """The tokenizer in a file or of a released name, or the one in a Llama's file.
 
-
-def load_tokenizer(path: str | Path, dino: str | None = None) -> HitaTokenizer:
-    """A tokenizer of a file, or prints, hita-v, hita-u: EMA weights, eval mode, on the CPU.
-    dino: file of the DINOv2 that encoding needs; add_dino fetches the Hub's.
-    HitaError if a file is missing or does not fit."""
-    tokenizer = load_model(path, "tokenizer")
-    return add_dino(tokenizer, dino) if dino else tokenizer
+    It has the averaged weights and is in eval mode, on the CPU. It can decode at once. Encoding may
+    need DINOv2: dino is a file of its weights; add_dino fetches the Hub's."""
+    data = read_checkpoint(path, "tokenizer")
+    tokenizer = HitaTokenizer(TokenizerConfig(**data["config"]))
+    load_weights(tokenizer, data["ema"], path)
+    tokenizer.sources = {name: data[name] for name in tokenizer.sources}
+    if dino is not None:
+        add_dino(tokenizer, dino)
+    return tokenizer.eval()
 
 
 def load_llama(path: str | Path) -> Llama:
-    """A Llama of a file, or a name in RELEASED: as load_tokenizer."""
-    llama = load_model(path, "llama")
-    llama.classes = llama.classes or IMAGENET  # the authors' files do not name them
-    if str(path) in RELEASED:
-        llama.made_from = {"tokenizer": str(path)[:6]}  # hita-v, hita-u or prints
-    return llama
+    """The Llama in a file or of a released name: averaged weights, eval mode, on the CPU."""
+    data = read_checkpoint(path, "llama")
+    llama = Llama(LlamaConfig(**data["config"]))
+    load_weights(llama, data["ema"], path)
+    llama.classes = data.get("classes", IMAGENET)  # the authors' files do not name them
+    return llama.eval()
+
+
+def load(path: str | Path, tokenizer: str | Path | None = None) -> tuple[HitaTokenizer, Llama]:
+    """A pair, the tokenizer and the Llama trained on it, from one file or one released name.
+
+    tokenizer: a file or name with the tokenizer, for a file of the authors, which holds none.
+    HitaError if the two do not fit."""
+    llama = load_llama(path)
+    source = path if tokenizer is None else tokenizer
+    tokenizer = load_tokenizer(source)
+    for name in ("num_global", "grid", "global_codebook_size", "patch_codebook_size"):
+        theirs, ours = getattr(tokenizer.cfg, name), getattr(llama.cfg, name)
+        check(theirs == ours, f"{name} is {theirs} in the tokenizer of {source} and {ours} in the "
+                              f"Llama of {path}: they do not belong together")
+    return tokenizer, llama
 
 
 def add_dino(tokenizer: HitaTokenizer, file: str | Path | None = None) -> HitaTokenizer:
-    """The tokenizer with the DINOv2 it needs: of a file, or the Hub."""
-    if tokenizer.cfg.uses_dino:
-        tokenizer.attach_dino(DINOv2(tokenizer.cfg.dino, file))
+    """The tokenizer with the DINOv2 that it needs, if any: from the file, from the one it was
+    trained with, or from the Hub. HitaError if it cannot be had."""
+    cfg = tokenizer.cfg
+    if cfg.uses_dino:
+        dino = DINOv2(cfg.dino, tokenizer.sources["dino_file"] if file is None else file)
+        width = dino.vit.embed_dim
+        check(width == cfg.dino_dim, f"{cfg.dino} gives {width} features, dino_dim is "
+                                     f"{cfg.dino_dim}: use --dino-dim {width}")
+        tokenizer.attach_dino(dino)
     return tokenizer
 
 
-def fingerprint(*parts) -> str:
-    """A short hash of modules' weights and of plain values."""
-    digest = hashlib.sha256()
-    for part in parts:
-        is_model = isinstance(part, nn.Module)
-        for name, x in part.state_dict().items() if is_model else ():
-            x = x.half() if x.dim() > 1 else x  # the same after --export
-            digest.update(name.encode() + x.cpu().contiguous().numpy().tobytes())
-        digest.update(b"" if is_model else json.dumps(part).encode())
-    return digest.hexdigest()[:16]
+# A run: how it goes on, and what it starts from.
 
-
-def find_tokenizer(made_from: dict, flag: str | None, beside: Path) -> tuple[str, HitaTokenizer]:
-    """Path and tokenizer of a Llama: the flag's, else the recorded one, or that beside it.
-    HitaError if the weights do not have the recorded hash."""
-    wanted, recorded = made_from.get("tokenizer_hash"), made_from.get("tokenizer")
-    both_released = flag in RELEASED and recorded in RELEASED
-    check(flag == recorded or not both_released,
-          f"this Llama goes with {recorded}, not with {flag}")
-    places = [flag] if flag else [x for x in (recorded, str(beside)) if x]
-    for path in places:
-        if not wanted or path in RELEASED or Path(path).is_file():
-            tokenizer = load_tokenizer(path)
-            if wanted in (None, fingerprint(tokenizer)):
-                return path, tokenizer
-    raise HitaError(f"{places[0]} is not there, or not (any more) this Llama's: name the right "
-                    "--tokenizer, or train anew: python train_ar.py --tokenizer FILE --out NEW_DIR")
-
-
-def find_run(args: argparse.Namespace, kind: str, Recipe) -> dict | None:
-    """What --resume continues, None for a new run. HitaError for a taken place."""
-    newest = Path(args.out, f"{kind}.pt")
-    log = newest.with_suffix(".jsonl")
-    check_writable(log)
-    path = Path(args.resume or newest)
-    if args.resume is None:
-        check(not newest.exists() and not log.exists(),
-              f"{args.out} holds a run already: --resume it, or choose another --out")
+def find_run(out: str, kind: str, resume: bool) -> dict | None:
+    """The checkpoint that --resume continues, None for a new run.
+    HitaError if the run directory is taken, or its checkpoint holds weights alone."""
+    path = Path(out, f"{kind}.pt")
+    if not resume:
+        check(not path.exists(),
+              f"{out} holds a run already: --resume it, or choose another --out")
         return None
-    if not args.resume and not newest.exists():
-        return say(f"there is nothing to resume in {args.out}: a new run starts")
-    check(not newest.exists() or not path.exists() or path.samefile(newest),
-          f"{args.out} holds another run, or a later step: choose another --out")
+    if not path.exists():
+        print_once(f"there is nothing to resume in {out}: a new run starts")
+        return None
     saved = read_checkpoint(path, kind)
-    check("recipe" in saved, f"{path} holds weights only: use --init-from {path}")
-    if args.init_from:
-        say(f"--init-from {args.init_from} is for new runs: this one has its own")
-    return {**saved, "recipe": settings_of(Recipe, saved["recipe"], path), "path": path}
+    check("recipe" in saved, f"{path} holds weights alone: start with --init-from {path}")
+    print_once(f"resuming {path} after step {saved['step']} of {saved['recipe']['steps']}")
+    return saved
 
 
-def check_resume(saved: dict, cfg, recipe, pictures: int) -> None:
-    """HitaError for a setting that cannot change within a run."""
-    old = {**saved["made_from"], **vars(saved["config"]), **vars(saved["recipe"])}
-    new = {**vars(cfg), **vars(recipe), "pictures": pictures}
-    wrong = ", ".join(f"{name} is {x} and was {old.get(name)}" for name, x in new.items()
-                      if x != old.get(name) and name in FIXED | vars(cfg).keys())
-    check(not wrong, f"{wrong}: fixed within a run; leave it, or start another with --out")
-    done = " (all done: raise --steps)" if saved["step"] >= recipe.steps else ""
-    say(f"resuming {saved['path']} after step {saved['step']}{done}")
+def choose(settings, args: argparse.Namespace, fixed: set[str] = frozenset(), why: str = ""):
+    """A copy of the settings with the flags that were given.
+    HitaError if a flag would change a setting that is fixed."""
+    given = {name: value for name, value in vars(args).items() if name in vars(settings)}
+    for name in fixed & given.keys():
+        value = getattr(settings, name)
+        check(given[name] == value, f"{name} is {value} {why} and cannot become {given[name]}: leave "
+                                    "the flag out, or start another run with another --out")
+    return replace(settings, **given)
 
 
-def sources(args: argparse.Namespace, earlier: dict) -> tuple[dict, Path]:
-    """Paths by flags or a checkpoint -> those to record, the pictures' path."""
-    paths = {name: getattr(args, name) or earlier.get(name) for name in ("data", "dino_file")}
-    paths = {name: x and os.path.abspath(x) for name, x in paths.items()}
-    root = paths["data"]
-    check(args.data or not root or Path(root).is_dir(),
-          f"the checkpoint was made from {root}, not there now: give --data")
-    return paths, Path(root) if root else embedded_data()
-
-
-def export(args: argparse.Namespace, kind: str) -> None:
-    """--export: weights in half precision, and no paths of this machine."""
-    path = Path(args.export)
-    check(not path.exists(), f"{path} exists already")
-    check_writable(path)
-    data = read_checkpoint(args.resume or f"{args.out}/{kind}.pt", kind)
-    facts = {name: data[name] for name in ("kind", "step", "classes") if name in data}
-    facts["ema"] = {name: x.half() if x.dim() > 1 else x for name, x in data["ema"].items()}
-    facts["config"] = vars(data["config"])
-    made = {**data["made_from"], "dino_file": None}
-    made["data"] = "/elsewhere" if made.get("data") else None
-    tokenizer = made.get("tokenizer")
-    made["tokenizer"] = tokenizer if tokenizer in RELEASED else None
-    write_file(path, partial(torch.save, {**facts, "made_from": made}))
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+def find_sources(args: argparse.Namespace, recorded: dict) -> tuple[dict, Path]:
+    """What --data and --dino-file say, else what a checkpoint has recorded -> the same to be
+    recorded, and the folder of the pictures. HitaError if there is no such folder."""
+    sources = {}
+    for name in ("data", "dino_file"):
+        given = getattr(args, name)
+        sources[name] = recorded[name] if given is None else os.path.abspath(given)
+    data = sources["data"]
+    check(data != "", "the file does not say which pictures it was trained on: give --data")
+    if data == "embedded":
+        return sources, embedded_data()
+    check(Path(data).is_dir(), f"there is no folder {data}: give --data")
+    return sources, Path(data)
 
 
 def restore(saved: dict | None, parts: dict) -> int:
-    """States of a checkpoint, if any, into the parts of a run -> steps done."""
-    for name, part in parts.items() if saved else ():
+    """Put the states of a checkpoint, if any, into the parts of a run -> the steps done."""
+    if saved is None:
+        return 0
+    for name, part in parts.items():
         state = saved[name]
-        # of an optimizer the moments; its learning rate etc. are today's
+        # Of an optimizer only the moments: its learning rate is today's, which flags may change.
         if isinstance(part, torch.optim.Optimizer):
             state = {**part.state_dict(), "state": state["state"]}
         part.load_state_dict(state)
-    return saved["step"] if saved else 0
+    return saved["step"]
 
 
-# ---- The released models, on the Hub -----------------------------------------
+# ---- The released models, on the Hub -------------------------------------------------------------
 
 IMAGENET = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
 HUB = "yexiguafu/hita-gen"
 huggingface_hub.utils.logging.set_verbosity_error()  # the library warns of every retry
-RELEASED = {"hita-v": "vanilla/tokenizer/hita-tok.pt", "hita-u": "ultra/tokenizer/hita-ultra.pt"}
-RELEASED |= {  # as hita-u-b-250e: ultra/GPT-B/GPT-B-250e.pt
-    f"{tokenizer}-{model.lower()}e": f"{folder}/GPT-{model.split('-')[0]}/GPT-{model}e.pt"
-    for tokenizer, folder, models in (
-        ("hita-v", "vanilla", "B-50 B-300 L-50 L-300 XL-50 XXL-50 2B-50"),
-        ("hita-u", "ultra", "B-50 B-250 L-50 L-250 XL-50 XL-100 XXL-50 XXL-100 2B-50 2B-100"))
-    for model in models.split()}
-RELEASED["prints"] = "data/prints-*.pt"  # ours, beside the code
 
 
-def released_file(name: str, kind: str) -> str:
-    """The file of a released model, downloaded at first use."""
-    if name == "prints":  # no download: it is a part of the repository
-        return str(EMOJI.with_name(f"prints-{kind}.pt"))
+def released_names() -> dict[str, str]:
+    """Names of the released models -> their files on the Hub."""
+    files = {"hita-v": "vanilla/tokenizer/hita-tok.pt", "hita-u": "ultra/tokenizer/hita-ultra.pt"}
+    vanilla = "B-50 B-300 L-50 L-300 XL-50 XXL-50 2B-50"
+    ultra = "B-50 B-250 L-50 L-250 XL-50 XL-100 XXL-50 XXL-100 2B-50 2B-100"
+    for tokenizer, folder, models in (("hita-v", "vanilla", vanilla), ("hita-u", "ultra", ultra)):
+        for model in models.split():
+            size = model.split("-")[0]
+            # For example hita-u-b-250e: ultra/GPT-B/GPT-B-250e.pt
+            files[f"{tokenizer}-{model.lower()}e"] = f"{folder}/GPT-{size}/GPT-{model}e.pt"
+    return files
+
+
+RELEASED = released_names()
+
+
+def released_file(path: str | Path, kind: str) -> str | Path:
+    """The file of a released name, downloaded at first use, or of prints, which is in data/. Any
+    other path stays as it is. kind says which file of a released pair is wanted.
+    HitaError if it cannot be fetched."""
+    name = str(path)
+    if name == "prints":
+        return EMBEDDED.with_name("prints.pt")
+    if name not in RELEASED:
+        return path
+    if kind == "tokenizer":
+        name = name[:len("hita-u")]  # the tokenizer of hita-u-b-250e is hita-u
     try:
         return huggingface_hub.hf_hub_download(HUB, RELEASED[name])
-    except Exception as e:  # of many kinds
+    except Exception as e:  # the network and the Hub raise many kinds
         url = huggingface_hub.hf_hub_url(HUB, RELEASED[name])
         raise HitaError(f"cannot fetch {name} from the Hub ({type(e).__name__}): download {url} "
-                        "elsewhere, name it by --tokenizer or --llama") from e
+                        "elsewhere, and name the file instead") from e
 
 
 RELEASED_TOKENIZER = {  # part of their name -> part of ours; order matters
@@ -1978,23 +2157,94 @@ RELEASED_LLAMA = {
 }
 
 
-def from_released(weights: dict[str, Tensor]) -> dict:
-    """A released file's tensors as our checkpoint; empty for another file."""
-    weights = {str(name): x for name, x in weights.items() if isinstance(x, Tensor)}
-    is_llama, ours = "output.weight" in weights, {}
-    names = RELEASED_LLAMA if is_llama else RELEASED_TOKENIZER
+def rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """The same tensors under our names, without DINOv2 and statistics of use."""
+    renamed = {}
     for key, tensor in weights.items():
-        if "backbone" in key or "codebook_used" in key:  # DINOv2, and statistics of use
+        if "backbone" in key or "codebook_used" in key:
             continue
-        for theirs, our in names.items():
-            key = key.replace(theirs, our)
-        was_conv = key in ("patch_down.weight", "patch_up.weight")  # of 1x1
-        ours[key] = tensor.flatten(1) if was_conv else tensor
-    if is_llama:
+        for theirs, ours in names.items():
+            key = key.replace(theirs, ours)
+        renamed[key] = tensor
+    return renamed
+
+
+def from_released(path: str | Path, data) -> dict:
+    """What torch.load gives of a file of the authors -> as if it were a checkpoint of ours.
+    HitaError if it is none, for example a plain state_dict of ours."""
+    weights = data if isinstance(data, dict) else {}
+    for name in ("ema", "model"):
+        if isinstance(weights.get(name), dict):
+            weights = weights[name]
+            break
+
+    if "tok_embeddings.weight" in weights:
+        ours = rename(weights, RELEASED_LLAMA)
         output = ours.pop("output.weight")  # (2V, dim), both heads
         ours["global_head.weight"], ours["patch_head.weight"] = output.chunk(2)
-        size = next((s for s in LLAMA_SIZES.values() if s["dim"] == output.shape[1]), {})
-        return {"kind": "llama", "config": LlamaConfig(**size), "ema": ours}
-    cfg = TOKENIZERS["hita-u" if "fusion.mask_token" in ours else "hita-v"]
-    known = "patch_down.weight" in ours
-    return {"kind": "tokenizer", "config": cfg, "ema": ours} if known else {}
+        sizes = {size["dim"]: size for size in LLAMA_SIZES.values()}
+        cfg = LlamaConfig(**sizes[output.shape[1]])
+        return {"kind": "llama", "config": vars(cfg), "ema": ours}
+
+    if "quant_conv.weight" in weights:
+        ours = rename(weights, RELEASED_TOKENIZER)
+        for name in ("patch_down.weight", "patch_up.weight"):
+            ours[name] = ours[name].flatten(1)  # there they are 1x1 convolutions
+        cfg = TOKENIZERS["hita-u" if "fusion.mask_token" in ours else "hita-v"]
+        return {"kind": "tokenizer", "config": vars(cfg), "ema": ours}
+
+    raise HitaError(
+        f"{path} is no checkpoint and no released file. To save a model of your own so that it "
+        "loads: torch.save({'kind': 'tokenizer' or 'llama', 'config': vars(model.cfg), 'ema': "
+        "model.state_dict()}, file), for a Llama also 'classes': a list of names")
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        """The command line is wrong."""
+        raise HitaError(f"{message}; see --help")
+
+    def add_run(self, presets: list[str]) -> None:
+        """The flags that both training scripts have."""
+        add = self.add_argument
+        add("--preset", choices=presets, help="settings to start from [emoji, or as --init-from]")
+        add("--data", help="folder with train/<class>/, val/<class>/ [embedded]")
+        add("--out", default="out", help="run directory [out]")
+        add("--export", metavar="FILE", help="write the run's weights alone, and stop")
+        add("--resume", action="store_true", help="go on with the run in the run directory")
+        add("--init-from", metavar="FILE", help="start from the weights of a file or released name")
+        add("--dino-file", metavar="FILE", help="DINOv2 weights [the Hub's]")
+        add("--device", help="cuda, mps or cpu [the best there is]")
+        add("--compile", action=argparse.BooleanOptionalAction,
+            help="torch.compile, which takes minutes [on CUDA, for models above 20M parameters]")
+
+    def add_settings(self, settings, skip: tuple[str, ...] = ()) -> None:
+        """A flag for each field of a dataclass, with the comment behind the field as its help."""
+        source = inspect.getsource(type(settings))
+        comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE))
+        group = self.add_argument_group(type(settings).__name__)
+        for name, value in vars(settings).items():
+            if name in skip:
+                continue
+            if isinstance(value, bool):
+                kind = {"action": argparse.BooleanOptionalAction}
+            elif isinstance(value, tuple):
+                kind = {"type": integers, "metavar": "X"}
+            else:
+                kind = {"type": type(value), "metavar": "X"}
+            flag = "--" + name.replace("_", "-")
+            text = f"{comments.get(name, '')} [{value}]".replace("%", "%%")
+            group.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """'1,2,4' -> (1, 2, 4)"""
+    return tuple(int(word) for word in text.split(","))

@@ -1,21 +1,24 @@
 """Train the generator: a Llama that predicts the token ids of a picture from its class.
 
     python train_ar.py                       the demo, on the tokenizer that is in out/
-    python train_ar.py --tokenizer prints --out out-ar         on the tokenizer that is in data/
+    python train_ar.py --tokenizer prints --out out-ar         on the tokenizer of prints
     torchrun --nproc_per_node 8 train_ar.py --preset B --tokenizer hita-v --data imagenet
     python train_ar.py --resume              go on with the run in out/
-    python train_ar.py --preset B --tokenizer hita-u --init-from hita-u-b-250e --data DIR
+    python train_ar.py --init-from hita-u-b-250e --data DIR    fine-tune
 
 The pictures are encoded once, into tokens-train.npy in the run directory: the plain centre crop,
 its mirror image and, with --copies, augmented ones. The run directory gets llama.pt (the newest
-state), llama.jsonl (figures) and llama-<step>.png (samples). Ctrl-C or SIGTERM while it trains: the
-step is finished, the run saved; an encoding stops at once, and goes on with what is left.
+state, with the tokenizer in it), llama.jsonl (figures) and llama-<step>.png (samples). Ctrl-C or
+SIGTERM while it trains: the step is finished and the run saved. An encoding stops at once, and goes
+on with what is left. A run goes on with the command that started it and --resume.
 """
 
 import copy
-import dataclasses
+import hashlib
+import json
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +43,7 @@ class Training:
     weight_decay: float = 0.05  # weight decay of matrices and embeddings
     clip: float = 1.0  # gradient norm is clipped to this
     global_weight: float = 1.0  # weight of the global tokens' loss; that of the patch tokens has 1
-    ema: float = 0.9999  # decay of the averaged weights
+    ema: float = 0.9999  # decay of the averaged weights, at first (1 + step) / (10 + step)
     copies: int = 2  # versions of each picture: 1 plain, 2 and mirrored, more are augmented
     crop_range: float = 0.8  # augmented ones show between this share of a picture and all of it
     sample_cfg: float = 1.5  # guidance scale of the sample grids
@@ -51,143 +54,242 @@ class Training:
     workers: int = 8  # data loader processes while encoding; 0 loads in this one
 
 
-RECIPES = {size: Training() for size in hita.LLAMA_SIZES} | {
-    "emoji": Training(
-        steps=1400, batch_size=30, lr=3e-3, warmup=100, ema=0.99, global_weight=1 / 16, copies=1,
-        sample_cfg=6.0, log_every=50, eval_every=1400, keep_every=0, workers=0)}
-RECIPES["prints"] = dataclasses.replace(
+RECIPES = {size: Training() for size in hita.LLAMA_SIZES}
+RECIPES["emoji"] = Training(
+    steps=1400, batch_size=30, lr=3e-3, warmup=100, ema=0.99, global_weight=1 / 16, copies=1,
+    sample_cfg=6.0, log_every=50, eval_every=1400, keep_every=0, workers=0)
+RECIPES["prints"] = replace(
     RECIPES["emoji"], steps=3300, batch_size=128, lr=1.5e-3, warmup=200, ema=0.998, copies=8,
     global_weight=0.25, crop_range=0.85, sample_cfg=4.0, eval_every=500, workers=4)
-OF_THE_DATA = "num_classes num_global grid global_codebook_size patch_codebook_size".split()
 
 
 def main():
-    # ---- settings: of the checkpoint or else the preset, then the flags
+    args = parse_args()
+    if args.export is not None:
+        return hita.export(args.export, Path(args.out, "llama.pt"), "llama")
+    run = set_up(args)
+    cfg, recipe, device, out = run.cfg, run.recipe, run.device, run.out
+    llama, ema, tokens = run.llama, run.ema, run.tokens
+    model = hita.distribute(llama)
+    llama.train()
+
+    log = hita.Log(out / "llama.jsonl", recipe.steps, run.start)
+    with hita.Stop() as stop:
+        for step in range(run.start + 1, recipe.steps + 1):
+            items = hita.batch(step, len(tokens), recipe.batch_size, recipe.seed)
+            rows = to_device(tokens[[index for _, index in items]], device)  # (B, 1 + M + N)
+            hita.seed_step(recipe.seed, step)
+            lr = hita.learning_rate(step, recipe)
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
+
+            # The gradients of all parts of the batch add up.
+            run.optimizer.zero_grad()
+            for i, part in enumerate(rows.chunk(recipe.accumulate)):
+                # DDP need not average before the last part.
+                model.require_backward_grad_sync = i == recipe.accumulate - 1
+                class_ids, global_ids, patch_ids = split(part, cfg.num_global)
+                with hita.autocast(device):
+                    global_logits, patch_logits = model(class_ids, global_ids, patch_ids)
+                global_loss, patch_loss = run.losses(
+                    global_logits, patch_logits, global_ids, patch_ids)
+                loss = recipe.global_weight * global_loss + patch_loss
+                (loss / recipe.accumulate).backward()
+                log.add({"global": global_loss, "patch": patch_loss})
+            log.add({"grad": hita.optimizer_step(run.optimizer, llama, recipe.clip)})
+            hita.update_ema(ema, llama, recipe.ema, step)
+
+            # What is due after this step. Writing the log asks whether all was finite.
+            stopping = stop.asked()
+            due = step % recipe.eval_every == 0 or step == recipe.steps
+            kept = recipe.keep_every > 0 and step % recipe.keep_every == 0
+            if step % recipe.log_every == 0 or due or kept or stopping:
+                log.write(step, recipe.batch_size, lr)
+            if due or kept or stopping:
+                hita.save_run(out, "llama", step, cfg, recipe, run.parts, **run.facts)
+            if stopping:
+                return hita.print_once(f"stopped after step {step}: continue with --resume")
+            if due:
+                log.line(step, evaluate(ema, run.val_tokens, device, run.val_name))
+                sample_grid(ema, run.tokenizer, recipe, out / f"llama-{step:06d}.png")
+
+
+# ---- Setting up ----------------------------------------------------------------------------------
+
+@dataclass
+class Run:
+    """What the loop works with."""
+    cfg: hita.LlamaConfig
+    recipe: Training
+    device: torch.device
+    out: Path
+    tokenizer: hita.HitaTokenizer
+    tokens: np.ndarray  # (rows, 1 + M + N): class and ids of each picture
+    val_tokens: np.ndarray
+    val_name: str  # "val", or "train" where there are no validation pictures
+    facts: dict  # for the checkpoint: the tokenizer, the classes, where pictures come from
+    llama: hita.Llama
+    ema: hita.Llama
+    losses: object  # llama_losses, perhaps compiled
+    optimizer: torch.optim.Optimizer
+    parts: dict  # what is saved: all that has a state
+    start: int  # steps done
+
+
+# These settings of the Llama follow from the tokenizer and, as num_classes, from the pictures.
+OF_THE_TOKENIZER = ("num_global", "grid", "global_codebook_size", "patch_codebook_size")
+
+
+def parse_args():
+    """The command line."""
     parser = hita.Parser(__doc__)
     parser.add_run(list(RECIPES))
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer checkpoint, prints, "
-                        "hita-v or hita-u [tokenizer.pt in the run directory]")
-    parser.add_settings(hita.LlamaConfig(**hita.LLAMA_SIZES["emoji"]), skip=OF_THE_DATA)
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer or pair, file or name "
+                        "[tokenizer.pt in the run directory, else that of --init-from]")
+    parser.add_settings(hita.LlamaConfig(**hita.LLAMA_SIZES["emoji"]),
+                        skip=("num_classes", *OF_THE_TOKENIZER))
     parser.add_settings(RECIPES["emoji"])
-    args = parser.parse_args()
-    if args.export:
-        return hita.export(args, "llama")
-    saved, preset = hita.find_run(args, "llama", Training), args.preset or "emoji"
-    cfg, recipe = hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), RECIPES[preset]
-    if saved and not args.preset:
-        cfg, recipe = saved["config"], saved["recipe"]
-    cfg, recipe = hita.override(cfg, args), hita.override(recipe, args)
+    return parser.parse_args()
 
-    # ---- tokenizer and data; they decide what the Llama has to predict
+
+def choose_settings(args, saved: dict | None, source: dict | None) -> tuple:
+    """The settings of the Llama and of its training, with the flags that were given.
+
+    A resumed run has those of its checkpoint, and of these only the recipe may change. A run that
+    starts from weights has the settings of these, of which the dropouts may change."""
+    if saved:
+        cfg, recipe = hita.LlamaConfig(**saved["config"]), Training(**saved["recipe"])
+        # These decide the order of the data and the versions of the pictures.
+        fixed = {"seed", "batch_size", "copies", "crop_range"}
+        return (hita.choose(cfg, args, set(vars(cfg)), "in this run"),
+                hita.choose(recipe, args, fixed, "in this run"))
+
+    preset = "emoji"
+    if args.init_from in hita.RELEASED:
+        preset = args.init_from.split("-")[2].upper()  # hita-u-xl-100e has the recipe of XL
+    elif args.init_from in RECIPES:
+        preset = args.init_from
+    preset = args.preset or preset
+    recipe = hita.choose(RECIPES[preset], args)
+    if source:
+        cfg = hita.LlamaConfig(**source["config"])
+        fixed = set(vars(cfg)) - {"dropout", "token_dropout", "class_dropout"}
+        return hita.choose(cfg, args, fixed, f"in {args.init_from}"), recipe
+    return hita.choose(hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), args), recipe
+
+
+def choose_tokenizer(args, resuming: bool) -> hita.HitaTokenizer:
+    """A resumed run goes on with the tokenizer in its checkpoint. A new one takes that of
+    --tokenizer, else the one in the run directory, else that of the weights it starts from."""
+    own = Path(args.out, "tokenizer.pt")
+    path = own
+    if resuming:
+        path = Path(args.out, "llama.pt")
+    elif args.tokenizer is not None:
+        path = args.tokenizer
+    elif args.init_from is not None and not own.exists():
+        path = args.init_from
+    hita.print_once(f"token ids are those of the tokenizer in {path}")
+    return hita.load_tokenizer(path)
+
+
+def set_up(args) -> Run:
+    """Everything before the first step: settings, tokenizer, ids, models, optimizer."""
+    saved = hita.find_run(args.out, "llama", args.resume)
+    source = None
+    if args.init_from is not None and not saved:
+        source = hita.read_checkpoint(args.init_from, "llama")
+    cfg, recipe = choose_settings(args, saved, source)
+    if recipe.warmup >= recipe.steps:
+        hita.print_once(f"note: the learning rate rises for {recipe.warmup} steps (--warmup), and "
+                        f"there are {recipe.steps}")
     device = hita.set_up_device(args.device)
     torch.backends.cudnn.benchmark = True
     shares = hita.world() * recipe.accumulate
     hita.check(recipe.batch_size % shares == 0, f"batch_size must be a multiple of {shares}")
-    out = Path(args.out)
-    earlier = saved["made_from"] if saved else {}
-    beside = (saved["path"].parent if saved else out) / "tokenizer.pt"
-    path, tokenizer = hita.find_tokenizer(earlier, args.tokenizer, beside)
-    made_from, root = hita.sources(args, earlier or tokenizer.made_from)
-    train = hita.Pictures(root, "train", tokenizer.cfg.image_size, False, recipe.crop_range,
-                          recipe.seed)
+    out = hita.make_folder(args.out)
+
+    # The tokenizer and the pictures decide what the Llama has to predict.
+    tokenizer = choose_tokenizer(args, saved is not None)
+    sources, root = hita.find_sources(args, tokenizer.sources)
+    train = hita.Pictures(root, "train", tokenizer.cfg.image_size, crop_range=recipe.crop_range,
+                          seed=recipe.seed)
     val = hita.validation_pictures(train)
-    made_from |= {
-        "pictures": len(train), "preset": args.preset or earlier.get("preset", preset),
-        "tokenizer": path if path in hita.RELEASED else str(Path(path).resolve()),
-        "tokenizer_hash": hita.fingerprint(tokenizer)}
-    same = {name: getattr(tokenizer.cfg, name) for name in OF_THE_DATA[1:]}
-    cfg = dataclasses.replace(cfg, num_classes=len(train.classes), **same)
     if saved:
-        hita.check_resume(saved, cfg, recipe, len(train))
         hita.check(saved["classes"] == train.classes, f"the classes in {train.root} are not those "
-                   f"of {saved['path']}: give the right --data")
+                   "of this run: give the right --data")
+    sizes = {name: getattr(tokenizer.cfg, name) for name in OF_THE_TOKENIZER}
+    cfg = replace(cfg, num_classes=len(train.classes), **sizes)
+
+    # The Llama, the same in every process.
     torch.manual_seed(recipe.seed)
     llama = hita.Llama(cfg)
-    if args.init_from and not saved:
-        start_from(llama, args.init_from, train.classes, made_from["tokenizer_hash"])
+    if source:
+        start_from(llama, source, train.classes, args.init_from)
     llama.to(device)
     ema = copy.deepcopy(llama).eval().requires_grad_(False)
 
-    # ---- all pictures become ids
-    hita.add_dino(tokenizer, made_from["dino_file"])
-    out.mkdir(parents=True, exist_ok=True)
+    # All pictures become ids, once.
+    facts = {"classes": train.classes, **sources,
+             "tokenizer": {"config": vars(tokenizer.cfg), "ema": tokenizer.state_dict()}}
+    hita.add_dino(tokenizer, sources["dino_file"])
     tokenizer.to(device, memory_format=torch.channels_last)
-    cache = partial(token_cache, tokenizer=tokenizer, workers=recipe.workers)
-    tokens = cache(out / "tokens-train.npy", data=train, copies=recipe.copies)
-    held_out = val.split != "train"
-    place = out / f"tokens-{'val' if held_out else 'train-plain'}.npy"
-    val_tokens = cache(place, data=val, copies=1)
+    encode = partial(token_cache, tokenizer=tokenizer, workers=recipe.workers)
+    tokens = encode(out / "tokens-train.npy", data=train, copies=recipe.copies)
+    file = "tokens-val.npy" if val.split == "val" else "tokens-train-plain.npy"
+    val_tokens = encode(out / file, data=val, copies=1)
     tokenizer.attach_dino(None)  # it has done its work
 
-    # ---- optimizer; what is saved is what has a state
+    # The optimizer. What is saved is what has a state.
     parameters = list(llama.parameters())
     groups = [{"params": [p for p in parameters if p.dim() >= 2]},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups, recipe.lr, (0.9, 0.95), weight_decay=recipe.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, recipe.lr, (0.9, 0.95), weight_decay=recipe.weight_decay,
+                                  fused=True)
     parts = {"model": llama, "ema": ema, "optimizer": optimizer}
     start = hita.restore(saved, parts)
+
     losses = hita.llama_losses
-    if hita.use_compile(args.compile, made_from["preset"], device):
+    if hita.use_compile(args.compile, llama, device):
         losses = torch.compile(losses)
-        for block in llama.blocks:  # one by one: they are alike, so this compiles once for all
+        # One by one: the blocks are alike, so this compiles once for all of them.
+        for block in llama.blocks:
             block.compile()
-    model = hita.distribute(llama)
-    llama.train()
 
-    # ---- the loop; random numbers and data follow from (seed, step)
-    log, stop = hita.Log(out / "llama.jsonl", recipe.steps, start), hita.Stop()
-    facts = {"classes": train.classes, "made_from": made_from}
-    hita.say(f"llama of {sum(p.numel() for p in parameters) / 1e6:.1f}M parameters, {len(tokens)} "
-             f"rows of ids of {train.root} by {path}, {device} x {hita.world()}\n{cfg}\n{recipe}")
-    for step in range(start + 1, recipe.steps + 1):
-        items = hita.batch(step, len(tokens), recipe.batch_size, recipe.seed)
-        rows = to_device(tokens[[index for _, index in items]], device)  # (B, 1 + M + N)
-        hita.seed_step(recipe.seed, step)
-        for group in optimizer.param_groups:
-            group["lr"] = hita.learning_rate(step, recipe)
+    hita.print_once(
+        f"llama of {sum(p.numel() for p in parameters) / 1e6:.1f}M parameters, {len(train)} "
+        f"training and {len(val)} validation pictures in {root}, {device} x {hita.world()}\n{cfg}\n"
+        f"{recipe}")
+    return Run(cfg, recipe, device, out, tokenizer, tokens, val_tokens, val.split, facts, llama,
+               ema, losses, optimizer, parts, start)
 
-        # gradients of all parts of the batch add up
-        optimizer.zero_grad()
-        for i, part in enumerate(rows.chunk(recipe.accumulate)):
-            model.require_backward_grad_sync = i == recipe.accumulate - 1  # DDP: once is enough
-            class_ids, global_ids, patch_ids = split(part, cfg.num_global)
-            with hita.autocast(device):
-                global_logits, patch_logits = model(class_ids, global_ids, patch_ids)
-            global_loss, patch_loss = losses(global_logits, patch_logits, global_ids, patch_ids)
-            loss = recipe.global_weight * global_loss + patch_loss
-            (loss / recipe.accumulate).backward()
-            log.add({"global": global_loss, "patch": patch_loss})
-        log.add({"grad": hita.optimizer_step(optimizer, llama, recipe.clip)})
-        hita.update_ema(ema, llama, recipe.ema)
 
-        # what is due after this step
-        stopping = stop.asked()
-        due = step % recipe.eval_every == 0 or step == recipe.steps
-        if step % recipe.log_every == 0 or due or stopping:
-            log.write(step, recipe.batch_size)
-        if due or stopping or (recipe.keep_every and step % recipe.keep_every == 0):
-            hita.save_run(out, "llama", step, cfg, recipe, parts, **facts)
-        if stopping:
-            return hita.say(f"stopped after step {step}: continue with --resume")
-        if due:
-            log.line(step, evaluate(ema, val_tokens, device, "val" if held_out else "train"))
-            sample_grid(ema, tokenizer, recipe, out / f"llama-{step:06d}.png")
+def start_from(llama: hita.Llama, source: dict, classes: list[str], path: str) -> None:
+    """The weights of a checkpoint or released model. Classes that it does not know start anew."""
+    weights, name = dict(source["ema"]), "class_embedding.weight"
+    known = source.get("classes", classes)  # the authors' files do not name them
+    if known != classes or len(weights[name]) != len(classes) + 1:
+        # Only the embedding of "no class", the last row, means the same.
+        own = llama.class_embedding.weight.detach()
+        weights[name] = torch.cat([own[:-1], weights[name][-1:]])
+        hita.print_once(f"{path} has other classes: those here start anew")
+    hita.load_weights(llama, weights, path)
 
+
+# ---- Token ids of all pictures -------------------------------------------------------------------
 
 @torch.no_grad()
 def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, copies: int,
                 workers: int) -> np.ndarray:
     """Rows [class, M global ids, N patch ids] of each picture in `copies` versions, encoded once.
 
-    On the disk the first column is class + 1, and 0 where a row is still to be encoded, so an
-    encoding that was interrupted goes on. A note beside the file says what it was made from; with
-    another note it is made anew."""
+    On the disk the first column is class + 1, and 0 where a row is still to be encoded, so that an
+    encoding that was interrupted goes on. A note beside the file says what it was made from; where
+    the note differs, it is made anew. HitaError if it cannot be written, or rows are missing."""
     note, cfg = path.with_suffix(".txt"), tokenizer.cfg
     device = next(tokenizer.parameters()).device
     if hita.rank() == 0:
-        models = [tokenizer, tokenizer.dino] if cfg.uses_dino else [tokenizer]
-        source = hita.fingerprint(*models, data.signature(), copies)
+        source = fingerprint(tokenizer, data, copies)
         shape = copies * len(data), 1 + cfg.num_global + cfg.grid ** 2
         try:
             fits = note.read_text() == source and np.load(path, mmap_mode="r").shape == shape
@@ -196,15 +298,19 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, 
         if not fits:
             note.unlink(missing_ok=True)
             largest = max(cfg.global_codebook_size, cfg.patch_codebook_size, len(data.classes) + 1)
-            hita.new_array(path, np.uint16 if largest <= 65536 else np.int32, shape)
+            dtype = np.uint16 if largest <= 65536 else np.int32
+            # Zeros are written in full: with a hole in the file, a full disk would end the process
+            # without a word later.
+            hita.write_file(path, lambda f: np.save(f, np.zeros(shape, dtype)))
             note.write_text(source)
     hita.barrier()
 
-    # the processes take turns, 16 rows each, in float32; row = version * len(data) + index
+    # The processes take turns, 16 rows each. Row version * len(data) + i is a version of picture i.
     rows = np.lib.format.open_memmap(path, "r+")
     todo = np.flatnonzero(rows[:, 0] == 0)
-    hita.barrier()  # all have seen what is left to do
-    blocks = [todo[i:i + 16].tolist() for i in range(0, len(todo), 16)][hita.rank()::hita.world()]
+    hita.barrier()  # now all have seen what is left to do
+    blocks = [todo[i:i + 16].tolist() for i in range(0, len(todo), 16)]
+    blocks = blocks[hita.rank()::hita.world()]
     items = [[divmod(row, len(data)) for row in block] for block in blocks]
     loader = DataLoader(data, batch_sampler=items, num_workers=workers)
     progress = tqdm(loader, f"encoding {path.stem}", disable=hita.rank() > 0, leave=False)
@@ -220,11 +326,29 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, 
     return rows
 
 
+def fingerprint(tokenizer: hita.HitaTokenizer, data: hita.Pictures, copies: int) -> str:
+    """A short hash of what token ids depend on: the weights of the tokenizer and its DINOv2, its
+    configuration, and the names, sizes and dates of the pictures."""
+    digest = hashlib.sha256()
+    for model in (tokenizer, tokenizer.dino):
+        for name, x in model.state_dict().items() if model is not None else ():
+            digest.update(name.encode() + x.cpu().contiguous().numpy().tobytes())
+    files = []
+    for path, label in data.samples:
+        stat = os.stat(path) if os.path.exists(path) else os.lstat(path)  # links may lead nowhere
+        name = os.path.relpath(path, data.root)
+        files.append([name, label, stat.st_size, stat.st_mtime_ns])
+    facts = [vars(tokenizer.cfg), files, data.crop_range, data.seed, copies]
+    digest.update(json.dumps(facts).encode())
+    return digest.hexdigest()
+
+
 def to_device(rows: np.ndarray, device: torch.device) -> Tensor:
     """Rows of the cache -> int64 with the class first."""
     tensor = torch.from_numpy(rows.astype(np.int64))
     tensor[:, 0] -= 1  # 0 was "not encoded"
-    tensor = tensor.pin_memory() if device.type == "cuda" else tensor  # or the copy would wait
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # or the copy would wait for the device
     return tensor.to(device, non_blocking=True)
 
 
@@ -233,23 +357,7 @@ def split(rows: Tensor, M: int) -> tuple[Tensor, Tensor, Tensor]:
     return rows[:, 0], rows[:, 1:1 + M], rows[:, 1 + M:]
 
 
-def start_from(llama: hita.Llama, path: str, classes: list[str], tokenizer_hash: str) -> None:
-    """Fine-tuning: weights of a checkpoint or released model; other classes start anew."""
-    data = hita.read_checkpoint(path, "llama")
-    known = data["made_from"].get("tokenizer_hash", tokenizer_hash)  # the authors' files have none
-    if known != tokenizer_hash:
-        hita.say(f"{path} was trained with another tokenizer: to it ids mean something else")
-    cfg, theirs = llama.cfg, data["config"]
-    presets = {name: dataclasses.replace(cfg, **size) for name, size in hita.LLAMA_SIZES.items()}
-    hita.check_start(path, theirs, cfg, presets)
-    weights, name = dict(data["ema"]), "class_embedding.weight"
-    if data.get("classes", classes) != classes or theirs.num_classes != len(classes):
-        # only the embedding of "no class", the last row, means the same
-        own = llama.class_embedding.weight.detach()
-        weights[name] = torch.cat([own[:-1], weights[name][-1:]])
-        hita.say(f"{path} has other classes: those here start anew")
-    hita.load_weights(llama, weights, path)
-
+# ---- Evaluation ----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(ema: hita.Llama, tokens: np.ndarray, device: torch.device,
@@ -257,34 +365,40 @@ def evaluate(ema: hita.Llama, tokens: np.ndarray, device: torch.device,
     """Mean losses in nats over the ids of a split: of a global token, of a patch token and of all
     tokens of a picture, beside what a guess without any knowledge costs for a picture."""
     total = torch.zeros(3, device=device)  # global, patch, number of pictures
-    mine = tokens[hita.rank()::hita.world()]
-    for i in range(0, len(mine), 16):
-        rows = to_device(mine[i:i + 16], device)
+    own = tokens[hita.rank()::hita.world()]  # this process's share
+    for i in range(0, len(own), 16):
+        rows = to_device(own[i:i + 16], device)
         class_ids, global_ids, patch_ids = split(rows, ema.cfg.num_global)
         logits = ema(class_ids, global_ids, patch_ids)
         global_loss, patch_loss = hita.llama_losses(*logits, global_ids, patch_ids)
         total += len(rows) * torch.stack([global_loss, patch_loss, torch.ones_like(patch_loss)])
     global_loss, patch_loss, _ = (hita.all_sum(total) / total[2]).tolist()
+
     cfg, M, N = ema.cfg, ema.cfg.num_global, ema.cfg.grid ** 2
-    guess = M * math.log(cfg.global_codebook_size) + N * math.log(cfg.patch_codebook_size)
-    figures = {"global": global_loss} if M else {}
-    figures |= {"patch": patch_loss, "picture": M * global_loss + N * patch_loss}
-    return {f"{name}_{key}": x for key, x in figures.items()} | {"guess_picture": guess}
+    figures = {f"{name}_global": global_loss} if M > 0 else {}
+    figures[f"{name}_patch"] = patch_loss
+    figures[f"{name}_picture"] = M * global_loss + N * patch_loss
+    figures["guess_picture"] = (
+        M * math.log(cfg.global_codebook_size) + N * math.log(cfg.patch_codebook_size))
+    return figures
 
 
 def sample_grid(ema: hita.Llama, tokenizer: hita.HitaTokenizer, recipe: Training,
                 path: Path) -> None:
-    """Six samples of each of up to twelve classes, spread over all, two classes a row."""
+    """Six samples of each of up to twelve classes, spread over all, two classes a row. They are
+    guided, unless the Llama never saw pictures without their class."""
     if hita.rank() == 0:
         count = min(12, ema.cfg.num_classes)
-        spread = torch.arange(count, device=ema.cos.device) * ema.cfg.num_classes // count
+        class_ids = torch.arange(count, device=ema.norm.weight.device)
+        class_ids = class_ids * ema.cfg.num_classes // count
+        scale = recipe.sample_cfg if ema.cfg.class_dropout > 0 else 1.0
         images = []
-        for class_ids in spread.repeat_interleave(6).split(12):
-            ids = ema.generate(class_ids, recipe.sample_cfg, seed=recipe.seed)
+        for part in class_ids.repeat_interleave(6).split(12):
+            ids = ema.generate(part, scale, seed=recipe.seed)
             images.append(tokenizer.decode(*ids).cpu())
         hita.picture_grid(torch.cat(images), columns=12).save(path)
     hita.barrier()
 
 
 if __name__ == "__main__":
-    hita.run_script(main, "--compile (where it is not on), --accumulate 4, a smaller --batch-size")
+    hita.run_script(main)

@@ -3,18 +3,18 @@
     python train_tokenizer.py                                  the demo, minutes on a laptop
     torchrun --nproc_per_node 8 train_tokenizer.py --preset hita-v --data imagenet
     python train_tokenizer.py --resume                         go on with the run in out/
-    python train_tokenizer.py --preset hita-u --init-from hita-u --data DIR         fine-tune
+    python train_tokenizer.py --init-from hita-u --data DIR    fine-tune
     python train_tokenizer.py --eval                           figures, also in out/eval.jsonl
 
 --data DIR holds train/<class>/<pictures> and, if there is a validation split, val/<class>/...
 The run directory gets tokenizer.pt (the newest state), tokenizer.jsonl (a line of figures per log
 interval) and tokenizer-<step>.png (originals beside reconstructions). Ctrl-C or SIGTERM saves.
+A run goes on with the command that started it and --resume.
 """
 
 import copy
-import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Training:
     lr_final: float = 1e-4  # where the generator's cosine schedule ends
     warmup: int = 20_016  # steps of linear warm-up of the generator
     clip: float = 1.0  # gradient norm of each of the two is clipped to this
-    ema: float = 0.9999  # decay of the averaged weights
+    ema: float = 0.9999  # decay of the averaged weights, at first (1 + step) / (10 + step)
     lpips_weight: float = 1.0  # weight of the perceptual loss
     gan_weight: float = 0.5  # weight of the adversarial loss
     gan_start: int = 20_000  # step at which the discriminator comes in
@@ -53,137 +53,87 @@ class Training:
 
 
 RECIPES = {
-    "hita-v": Training(), "hita-u": Training(),
+    "hita-v": Training(),
+    "hita-u": Training(),
     "emoji": Training(
         steps=500, batch_size=28, lr=1.5e-3, warmup=50, ema=0.99, lpips_weight=0.0, gan_weight=0.02,
         gan_start=460, gan_width=32, crop_range=1.0, log_every=20, eval_every=500, keep_every=0,
-        workers=0)}
-RECIPES["prints"] = dataclasses.replace(
+        workers=0),
+}
+RECIPES["prints"] = replace(
     RECIPES["emoji"], steps=2041, batch_size=64, gan_start=1796, eval_every=500, workers=4)
 
 
 def main():
-    # ---- settings: of the checkpoint or else the preset, then the flags
-    parser = hita.Parser(__doc__)
-    parser.add_run(list(RECIPES))
-    parser.add_argument("--eval", nargs="?", const="", metavar="FILE", help="evaluate a tokenizer "
-                        "on the validation pictures and stop [tokenizer.pt in the run directory]")
-    parser.add_argument("--npz", metavar="PREFIX", help="with --eval: write "
-                        "PREFIX-originals.npz and PREFIX-reconstructions.npz")
-    parser.add_settings(hita.TOKENIZERS["emoji"])
-    parser.add_settings(RECIPES["emoji"])
-    args = parser.parse_args()
-    hita.check(not args.npz or args.eval is not None, "--npz is for --eval")
+    args = parse_args()
     if args.eval is not None:
         return evaluate_checkpoint(args)
-    if args.export:
-        return hita.export(args, "tokenizer")
-    saved, preset = hita.find_run(args, "tokenizer", Training), args.preset or "emoji"
-    cfg, recipe = hita.TOKENIZERS[preset], RECIPES[preset]
-    if saved and not args.preset:
-        cfg, recipe = saved["config"], saved["recipe"]
-    if getattr(args, "num_global", None) == 0 and not hasattr(args, "k"):
-        args.k = 0  # without global tokens there is nothing to replace patches with
-    cfg, recipe = hita.override(cfg, args), hita.override(recipe, args)
-    hita.check(cfg.image_size >= 24 or recipe.gan_weight == 0, "the discriminator needs pictures "
-               f"of at least 24 pixels, image_size is {cfg.image_size}; train with --gan-weight 0")
-
-    # ---- data and models, the same in every process
-    device = hita.set_up_device(args.device)
-    torch.backends.cudnn.benchmark = True
-    earlier = saved["made_from"] if saved else {}
-    made_from, root = hita.sources(args, earlier)
-    train = hita.Pictures(root, "train", cfg.image_size, True, recipe.crop_range, recipe.seed)
-    val = hita.validation_pictures(train)
-    made_from |= {"pictures": len(train), "preset": args.preset or earlier.get("preset", preset)}
-    if saved:
-        hita.check_resume(saved, cfg, recipe, len(train))
-    torch.manual_seed(recipe.seed)
-    tokenizer, discriminator = hita.HitaTokenizer(cfg), hita.PatchDiscriminator(recipe.gan_width)
-    if args.init_from and not saved:
-        start_from(tokenizer, discriminator, args.init_from)
-    tokenizer.to(device, memory_format=torch.channels_last)
-    discriminator.to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
-    ema.attach_dino(hita.add_dino(tokenizer, made_from["dino_file"]).dino)
-    perceptual = hita.PerceptualLoss().to(device) if recipe.lpips_weight else None
-
-    # ---- optimizers; what is saved is what has a state
-    adam = partial(torch.optim.Adam, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
-    optimizer, optimizer_d = adam(tokenizer.parameters()), adam(discriminator.parameters())
-    parts = {"model": tokenizer, "ema": ema, "discriminator": discriminator,
-             "optimizer": optimizer, "optimizer_d": optimizer_d}
-    start = hita.restore(saved, parts)
-    if recipe.recompute:
-        for level in (*tokenizer.encoder.levels, *tokenizer.decoder.levels):
-            level.forward = partial(checkpoint, level.forward, use_reentrant=False)
-    if hita.use_compile(args.compile, made_from["preset"], device):
-        compile_parts(tokenizer, discriminator, perceptual)
+    if args.export is not None:
+        return hita.export(args.export, Path(args.out, "tokenizer.pt"), "tokenizer")
+    run = set_up(args)
+    cfg, recipe, device, out = run.cfg, run.recipe, run.device, run.out
+    tokenizer, discriminator, ema = run.tokenizer, run.discriminator, run.ema
     model, critic = hita.distribute(tokenizer), hita.distribute(discriminator)
     tokenizer.train()
 
-    # ---- the loop; random numbers and data follow from (seed, step)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    log, stop = hita.Log(out / "tokenizer.jsonl", recipe.steps, start), hita.Stop()
-    todo = range(start + 1, recipe.steps + 1)
-    order = (hita.batch(step, len(train), recipe.batch_size, recipe.seed) for step in todo)
-    loader = DataLoader(train, batch_sampler=order, num_workers=recipe.workers,
-                        worker_init_fn=hita.ignore_signals, pin_memory=device.type == "cuda")
-    parameters = sum(p.numel() for p in tokenizer.parameters())
-    hita.say(f"tokenizer of {parameters / 1e6:.1f}M parameters, {len(train)} pictures in "
-             f"{train.root}, {device} x {hita.world()}\n{cfg}\n{recipe}")
-    for step, (images, _) in zip(todo, loader):
-        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        hita.seed_step(recipe.seed, step)
-        for group in optimizer.param_groups:
-            group["lr"] = hita.learning_rate(step, recipe)
-        adversarial = recipe.gan_weight > 0 and step >= recipe.gan_start
+    log = hita.Log(out / "tokenizer.jsonl", recipe.steps, run.start)
+    steps = range(run.start + 1, recipe.steps + 1)
+    with hita.Stop() as stop:
+        for step, (images, _) in zip(steps, batches(run, steps)):
+            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+            hita.seed_step(recipe.seed, step)
+            lr = hita.learning_rate(step, recipe)
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
+            adversarial = recipe.gan_weight > 0 and step >= recipe.gan_start
 
-        # generator; the discriminator judges, but takes no gradient
-        discriminator.requires_grad_(False)
-        with hita.autocast(device):
-            result = model(images)
-            losses = generator_losses(images, result, recipe, perceptual,
-                                      discriminator if adversarial else None)
-        loss = sum(losses.values())
-        optimizer.zero_grad()
-        loss.backward()
-        grad_norm = hita.optimizer_step(optimizer, tokenizer, recipe.clip)
-        hita.update_ema(ema, tokenizer, recipe.ema)
-        hita.check(not losses.keys() & {"loss", "grad"}, "rename it: the log has a loss and a grad")
-        log.add({"loss": loss, **losses, "grad": grad_norm})
-        log.add(id_counts(result.global_ids, result.patch_ids, cfg))
-
-        # discriminator, on the same reconstructions
-        if adversarial:
-            discriminator.requires_grad_(True)
+            # The generator. The discriminator judges, but takes no gradient.
+            discriminator.requires_grad_(False)
             with hita.autocast(device):
-                # two passes: each has batch statistics of its own
-                real, fake = critic(images), critic(result.recon.detach())
-                loss = hita.discriminator_loss(real, fake)
-            optimizer_d.zero_grad()
-            (recipe.gan_weight * loss).backward()
-            hita.optimizer_step(optimizer_d, discriminator, recipe.clip)
-            log.add({"disc": loss, "D(real)": real.mean(), "D(fake)": fake.mean()})
+                result = model(images)
+                losses = generator_losses(images, result, recipe, run.perceptual,
+                                          discriminator if adversarial else None)
+            loss = sum(losses.values())
+            run.optimizer.zero_grad()
+            loss.backward()
+            grad_norm = hita.optimizer_step(run.optimizer, tokenizer, recipe.clip)
+            tokenizer.revive(result)
+            hita.update_ema(ema, tokenizer, recipe.ema, step)
+            log.add({"loss": loss, **losses, "grad": grad_norm})
+            for name, counts in id_counts(result.global_ids, result.patch_ids, cfg).items():
+                log.count(name, counts)
 
-        # what is due after this step
-        stopping = stop.asked()
-        due = step % recipe.eval_every == 0 or step == recipe.steps
-        if step % recipe.log_every == 0 or due or stopping:
-            log.write(step, recipe.batch_size)
-        if due or stopping or (recipe.keep_every and step % recipe.keep_every == 0):
-            hita.save_run(out, "tokenizer", step, cfg, recipe, parts, made_from=made_from)
-        if stopping:
-            return hita.say(f"stopped after step {step}: continue with --resume")
-        if due:
-            picture = out / f"tokenizer-{step:06d}.png"
-            log.line(step, evaluate(ema, val, picture, recipe.workers))
+            # The discriminator, on the same reconstructions.
+            if adversarial:
+                discriminator.requires_grad_(True)
+                with hita.autocast(device):
+                    # Two passes, so that each has batch statistics of its own.
+                    real, fake = critic(images), critic(result.recon.detach())
+                    loss = hita.discriminator_loss(real, fake)
+                run.optimizer_d.zero_grad()
+                (recipe.gan_weight * loss).backward()
+                grad_norm = hita.optimizer_step(run.optimizer_d, discriminator, recipe.clip)
+                log.add({"D loss": loss, "D(real)": real, "D(fake)": fake, "D grad": grad_norm})
+
+            # What is due after this step. Writing the log asks whether all was finite.
+            stopping = stop.asked()
+            due = step % recipe.eval_every == 0 or step == recipe.steps
+            kept = recipe.keep_every > 0 and step % recipe.keep_every == 0
+            if step % recipe.log_every == 0 or due or kept or stopping:
+                log.write(step, recipe.batch_size, lr)
+            if due or kept or stopping:
+                hita.save_run(out, "tokenizer", step, cfg, recipe, run.parts, **run.sources)
+            if stopping:
+                return hita.print_once(f"stopped after step {step}: continue with --resume")
+            if due:
+                picture = out / f"tokenizer-{step:06d}.png"
+                log.line(step, evaluate(ema, run.val, picture, recipe.workers))
 
 
 def generator_losses(images: Tensor, result: hita.TokenizerOutput, recipe: Training,
                      perceptual: nn.Module | None, critic: nn.Module | None) -> dict[str, Tensor]:
-    """The terms that the generator minimises, weighted; those that are off are left out."""
+    """The terms that the generator minimises, weighted. Those that are off are left out.
+    A loss of your own is one more key; the log shows it under this name."""
     rec = hita.reconstruction_loss(images, result.recon)
     losses = {"rec": rec, "codebook": result.codebook_loss}
     if result.feature_loss is not None:
@@ -198,89 +148,264 @@ def generator_losses(images: Tensor, result: hita.TokenizerOutput, recipe: Train
 def id_counts(global_ids: Tensor, patch_ids: Tensor, cfg: hita.TokenizerConfig) -> dict:
     """Counts (M, V) and (N, V) of ids at each position; without globals those of patches only."""
     counts = {"patch": hita.count_ids(patch_ids, cfg.patch_codebook_size)}
-    if cfg.num_global:
+    if cfg.num_global > 0:
         counts["global"] = hita.count_ids(global_ids, cfg.global_codebook_size)
     return counts
 
 
+# ---- Setting up ----------------------------------------------------------------------------------
+
+@dataclass
+class Run:
+    """What the loop works with."""
+    cfg: hita.TokenizerConfig
+    recipe: Training
+    device: torch.device
+    out: Path
+    train: hita.Pictures
+    val: hita.Pictures
+    sources: dict  # where pictures and DINOv2 come from, for the checkpoint
+    tokenizer: hita.HitaTokenizer
+    ema: hita.HitaTokenizer
+    discriminator: hita.PatchDiscriminator
+    perceptual: hita.PerceptualLoss | None
+    optimizer: torch.optim.Optimizer
+    optimizer_d: torch.optim.Optimizer
+    parts: dict  # what is saved: all that has a state
+    start: int  # steps done
+
+
+def parse_args():
+    """The command line."""
+    parser = hita.Parser(__doc__)
+    parser.add_run(list(RECIPES))
+    parser.add_argument("--eval", nargs="?", const="", metavar="FILE", help="evaluate a tokenizer "
+                        "on the validation pictures and stop [tokenizer.pt in the run directory]")
+    parser.add_argument("--npz", metavar="PREFIX", help="with --eval: write "
+                        "PREFIX-originals.npz and PREFIX-reconstructions.npz")
+    parser.add_settings(hita.TOKENIZERS["emoji"])
+    parser.add_settings(RECIPES["emoji"])
+    args = parser.parse_args()
+    hita.check(args.npz is None or args.eval is not None, "--npz is for --eval")
+    return args
+
+
+def choose_settings(args, saved: dict | None, source: dict | None) -> tuple:
+    """The settings of the tokenizer and of its training, with the flags that were given.
+
+    A resumed run has those of its checkpoint, and of these only the recipe may change. A run that
+    starts from weights has the settings of these, of which some may change."""
+    if saved:
+        cfg = hita.TokenizerConfig(**saved["config"])
+        recipe = Training(**saved["recipe"])
+        # These decide the order of the data, the crops and the shape of the discriminator.
+        fixed = {"seed", "batch_size", "crop_range", "gan_width"}
+        return (hita.choose(cfg, args, set(vars(cfg)), "in this run"),
+                hita.choose(recipe, args, fixed, "in this run"))
+
+    preset = args.preset or (args.init_from if args.init_from in RECIPES else "emoji")
+    recipe = hita.choose(RECIPES[preset], args)
+    if source:
+        cfg = hita.TokenizerConfig(**source["config"])
+        fixed = set(vars(cfg)) - {"image_size", "k", "dropout", "beta"}
+        return hita.choose(cfg, args, fixed, f"in {args.init_from}"), recipe
+    # Without global tokens there is nothing that could replace patches.
+    if getattr(args, "num_global", None) == 0:
+        args.k = 0
+    return hita.choose(hita.TOKENIZERS[preset], args), recipe
+
+
+def set_up(args) -> Run:
+    """Everything before the first step: settings, pictures, models, optimizers."""
+    saved = hita.find_run(args.out, "tokenizer", args.resume)
+    source = None
+    if args.init_from is not None and not saved:
+        source = hita.read_checkpoint(args.init_from, "tokenizer")
+    cfg, recipe = choose_settings(args, saved, source)
+    hita.check(cfg.image_size >= 24 or recipe.gan_weight == 0, "the discriminator needs pictures of "
+               f"at least 24 pixels, image_size is {cfg.image_size}; train with --gan-weight 0")
+    warn_of_short(recipe)
+    device = hita.set_up_device(args.device)
+    torch.backends.cudnn.benchmark = True
+    out = hita.make_folder(args.out)
+
+    # The pictures, and where they and DINOv2 come from.
+    recorded = saved or {"data": "embedded", "dino_file": None}
+    sources, root = hita.find_sources(args, recorded)
+    train = hita.Pictures(root, "train", cfg.image_size, augment=True,
+                          crop_range=recipe.crop_range, seed=recipe.seed)
+    val = hita.validation_pictures(train)
+
+    # The models, the same in every process.
+    torch.manual_seed(recipe.seed)
+    tokenizer = hita.HitaTokenizer(cfg)
+    discriminator = hita.PatchDiscriminator(recipe.gan_width)
+    if source:
+        start_from(tokenizer, discriminator, source, args.init_from)
+    tokenizer.to(device, memory_format=torch.channels_last)
+    discriminator.to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
+    hita.add_dino(tokenizer, sources["dino_file"])
+    ema.attach_dino(tokenizer.dino)
+    perceptual = hita.PerceptualLoss().to(device) if recipe.lpips_weight > 0 else None
+
+    # The optimizers. What is saved is what has a state.
+    adam = partial(torch.optim.Adam, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+    optimizer = adam(tokenizer.parameters())
+    optimizer_d = adam(discriminator.parameters())
+    parts = {"model": tokenizer, "ema": ema, "discriminator": discriminator,
+             "optimizer": optimizer, "optimizer_d": optimizer_d}
+    start = hita.restore(saved, parts)
+
+    if recipe.recompute:
+        recompute(tokenizer)
+    if hita.use_compile(args.compile, tokenizer, device):
+        compile_parts(tokenizer, discriminator, perceptual)
+
+    parameters = sum(p.numel() for p in tokenizer.parameters())
+    hita.print_once(
+        f"tokenizer of {parameters / 1e6:.1f}M parameters, {len(train)} training and {len(val)} "
+        f"validation pictures in {root}, {device} x {hita.world()}\n{cfg}\n{recipe}")
+    return Run(cfg, recipe, device, out, train, val, sources, tokenizer, ema, discriminator,
+               perceptual, optimizer, optimizer_d, parts, start)
+
+
+def warn_of_short(recipe: Training) -> None:
+    """A line about parts of the recipe that never come, as a large preset on few steps has them."""
+    if recipe.warmup >= recipe.steps:
+        hita.print_once(f"note: the learning rate rises for {recipe.warmup} steps (--warmup), and "
+                        f"there are {recipe.steps}")
+    if recipe.gan_weight > 0 and recipe.gan_start >= recipe.steps:
+        hita.print_once(f"note: the discriminator comes in at step {recipe.gan_start} "
+                        f"(--gan-start), and there are {recipe.steps}")
+
+
+def start_from(tokenizer: hita.HitaTokenizer, discriminator: nn.Module, source: dict,
+               path: str) -> None:
+    """The weights of a checkpoint or released model, with positions for the grid of today, and its
+    discriminator where it has one of this width."""
+    weights = dict(source["ema"])
+    grid = hita.TokenizerConfig(**source["config"]).grid
+    if grid != tokenizer.cfg.grid and tokenizer.cfg.num_global > 0:
+        hita.print_once(f"{path} has positions for {grid} x {grid} patches: resized to "
+                        f"{tokenizer.cfg.grid} x {tokenizer.cfg.grid}")
+        for name in ("extractor.positions", "fusion.positions"):
+            weights[name] = hita.resize_positions(
+                weights[name].float(), tokenizer.cfg.grid, tokenizer.cfg.grid)
+    hita.load_weights(tokenizer, weights, path)
+
+    states = source.get("discriminator", {})
+    own = discriminator.state_dict()
+    if {name: x.shape for name, x in states.items()} == {name: x.shape for name, x in own.items()}:
+        discriminator.load_state_dict(states)
+    else:
+        hita.print_once(f"{path} has no discriminator of this width: a new one starts")
+
+
+def recompute(tokenizer: hita.HitaTokenizer) -> None:
+    """Compute the activations of the conv nets again in the backward pass instead of keeping them:
+    those of the encoder as a whole, those of the decoder level by level."""
+    for part in (tokenizer.encoder, *tokenizer.decoder.levels):
+        part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+
+
 def compile_parts(tokenizer: hita.HitaTokenizer, *others: nn.Module | None) -> None:
-    """Compile all but centring and quantizers, which stay in float32 and count codes."""
+    """Compile all but centring and quantizers, which stay in float32."""
     parts = [tokenizer.encoder, tokenizer.decoder, tokenizer.dino, *others]
-    if tokenizer.cfg.num_global:
+    if tokenizer.cfg.num_global > 0:
         parts += [tokenizer.extractor, tokenizer.fusion]
     for norm in tokenizer.modules():
         if isinstance(norm, nn.GroupNorm) and norm.weight.is_cuda:
-            norm.forward = partial(hita.norm_by_channel, norm)
-    for part in filter(None, parts):
-        part.compile()
+            norm.forward = partial(norm_by_channel, norm)
+    for part in parts:
+        if part is not None:
+            part.compile()
 
 
-def start_from(tokenizer: hita.HitaTokenizer, discriminator: nn.Module, path: str) -> None:
-    """Fine-tuning: weights of a checkpoint or released model, and its PatchGAN if it has one."""
-    data, cfg = hita.read_checkpoint(path, "tokenizer"), tokenizer.cfg
-    hita.check_start(path, data["config"], cfg, hita.TOKENIZERS)
-    weights, grid = dict(data["ema"]), data["config"].grid
-    if grid != cfg.grid and cfg.num_global:
-        for name in ("extractor.positions", "fusion.positions"):
-            weights[name] = hita.resize_positions(weights[name].float(), cfg.grid, cfg.grid)
-        hita.say(f"{path} has positions for {grid} x {grid} patches: resized to {cfg.grid}")
-    hita.load_weights(tokenizer, weights, path)
-    if "main.0.weight" in data.get("discriminator", {}):
-        width = len(data["discriminator"]["main.0.weight"])
-        hita.check(width == discriminator.main[0].out_channels, f"{path} needs --gan-width {width}")
-        hita.load_weights(discriminator, data["discriminator"], path)
-    else:
-        hita.say(f"{path} has no PatchGAN discriminator: a new one starts")
+def norm_by_channel(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """norm(x) of x (B, c, H, W), from the moments of each channel. Compiled for a GPU, torch's own
+    copies x to another layout than that of the convolutions, and back, which took a fifth of the
+    time of a training step."""
+    each = x.shape[1] // norm.num_groups  # channels of a group
+    x = x.float()
 
+    def mean_of_groups(channels: Tensor) -> Tensor:
+        """(B, c) -> (B, c, 1, 1), the same for all channels of a group."""
+        means = channels.unflatten(1, (-1, each)).mean(dim=2)  # (B, groups)
+        return means.repeat_interleave(each, dim=1)[..., None, None]
+
+    # Means first, then squares of what is left: the difference E[x^2] - E[x]^2 of two large
+    # numbers would be wrong, and perhaps negative.
+    x = x - mean_of_groups(x.mean(dim=(2, 3)))
+    var = mean_of_groups(x.square().mean(dim=(2, 3)))
+    y = x * (var + norm.eps).rsqrt()
+    y = y * norm.weight[:, None, None] + norm.bias[:, None, None]
+    return y.type_as(norm.weight)
+
+
+def batches(run: Run, steps: range) -> DataLoader:
+    """The pictures of each step. They follow from the step and the seed alone."""
+    recipe = run.recipe
+    items = (hita.batch(step, len(run.train), recipe.batch_size, recipe.seed) for step in steps)
+    return DataLoader(run.train, batch_sampler=items, num_workers=recipe.workers,
+                      worker_init_fn=hita.ignore_signals, pin_memory=run.device.type == "cuda")
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, workers: int,
              perceptual: nn.Module | None = None, arrays: list[np.ndarray] = (),
              others: Tensor | None = None) -> dict[str, float]:
-    """PSNR in dB, with a net for it LPIPS; called train_... where there are no validation pictures.
+    """PSNR in dB and, with a net for it, LPIPS; called train_... where there are no validation
+    pictures.
 
-    others: global ids (n, M) of other pictures; then also swap, the PSNR with these. It is the
-    plain PSNR where globals hold nothing, and where the decoder does not listen to them. Pictures
-    of 336 px are judged at 256, as in the released protocol. Writes originals beside
-    reconstructions to `picture` and, where two arrays are given, fills these with both."""
+    others: global ids (n, M) of other pictures; with them also swap, the PSNR with these globals.
+    It equals the PSNR where globals hold nothing, and where the decoder does not listen to them.
+    Pictures of 336 px are judged at 256, as in the released protocol. Originals beside
+    reconstructions go to the file `picture`, and all of both into two arrays, where these are
+    given."""
     device = next(tokenizer.parameters()).device
-    mine = list(range(hita.rank(), len(data), hita.world()))
-    measured = {"psnr": True, "lpips": perceptual is not None, "swap": others is not None}
-    sums = {name: torch.zeros((), device=device) for name, x in measured.items() if x}
-    loader = DataLoader(data, 16, sampler=[(0, i) for i in mine], num_workers=workers,
+    own = list(range(hita.rank(), len(data), hita.world()))  # this process's share
+    names = ["psnr"] + ["lpips"] * (perceptual is not None) + ["swap"] * (others is not None)
+    sums = {name: torch.zeros((), device=device) for name in names}
+    loader = DataLoader(data, 16, sampler=own, num_workers=workers,
                         worker_init_fn=hita.ignore_signals)
 
-    # encoding in float32, or some ids would be others; the decoder may work in bfloat16
-    progress = tqdm(loader, "evaluating", disable=hita.rank() > 0, leave=False)
-    for n, (images, _) in enumerate(progress):
-        images, these = images.to(device, memory_format=torch.channels_last), mine[16 * n:][:16]
+    # Encoding is done in float32, or some ids would be others. The decoder may work in bfloat16.
+    done = 0
+    for images, _ in tqdm(loader, "evaluating", disable=hita.rank() > 0, leave=False):
+        images = images.to(device, memory_format=torch.channels_last)
+        indices = own[done:done + len(images)]
+        done += len(images)
         global_ids, patch_ids = tokenizer.encode(images)
         with hita.autocast(device):
-            recon = tokenizer.decode(global_ids, patch_ids)
-            mixed = None if others is None else tokenizer.decode(others[these], patch_ids)
-        images, recon = as_compared(images), as_compared(recon)
-        sums["psnr"] += hita.psnr(images, recon).sum()
-        if perceptual is not None:
-            sums["lpips"] += perceptual(images, recon) * len(images)
-        if mixed is not None:
-            sums["swap"] += hita.psnr(images, as_compared(mixed)).sum()
-        for array, pictures in zip(arrays, (images, recon)):
-            array[these] = hita.to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()
+            recon = as_compared(tokenizer.decode(global_ids, patch_ids))
+        originals = as_compared(images)
 
-    mark = "train_" if data.split == "train" else ""
-    # means over all processes
-    figures = {mark + name: hita.all_sum(x).item() / len(data) for name, x in sums.items()}
+        sums["psnr"] += hita.psnr(originals, recon).sum()
+        if perceptual is not None:
+            sums["lpips"] += perceptual(originals, recon) * len(images)
+        if others is not None:
+            with hita.autocast(device):
+                mixed = as_compared(tokenizer.decode(others[indices], patch_ids))
+            sums["swap"] += hita.psnr(originals, mixed).sum()
+        for array, pictures in zip(arrays, (originals, recon)):
+            array[indices] = hita.to_uint8(pictures).permute(0, 2, 3, 1).cpu().numpy()
+
     if hita.rank() == 0:
         shown = []
         for i in range(24):  # one by one, since large pictures need much memory
-            image = data[0, i * len(data) // 24][0][None].to(device)
+            image = data[i * len(data) // 24][0][None].to(device)
             shown += [image, tokenizer.decode(*tokenizer.encode(image))]
         hita.picture_grid(torch.cat(shown), columns=12).save(picture)
-    return figures
+    mark = "train_" if data.split == "train" else ""
+    return {mark + name: hita.all_sum(x).item() / len(data) for name, x in sums.items()}
 
 
 def as_compared(images: Tensor) -> Tensor:
-    """Pictures as they are compared: 8 bits, and those of 336 px shrunk to 256 like PIL does."""
+    """Pictures as they are compared: in [-1, 1], and those of 336 px with 8 bits and shrunk to 256
+    as PIL does it."""
     if images.shape[-1] != 336:
         return images.float().clamp(-1, 1)
     images = hita.to_uint8(images) / 127.5 - 1
@@ -288,39 +413,45 @@ def as_compared(images: Tensor) -> Tensor:
 
 
 def evaluate_checkpoint(args) -> None:
-    """--eval: print all figures of a tokenizer and add them to eval.jsonl in the run directory."""
-    path, out = args.eval or f"{args.out}/tokenizer.pt", Path(args.out)
-    device, workers = hita.set_up_device(args.device), getattr(args, "workers", 0)
+    """--eval: print all figures of a tokenizer, and add them to eval.jsonl in the run directory."""
+    path = args.eval or f"{args.out}/tokenizer.pt"
+    workers = getattr(args, "workers", 0)
+    device = hita.set_up_device(args.device)
     hita.check(hita.world() == 1, "--eval works in one process: leave out torchrun")
-    files = [Path(f"{args.npz}-{x}.npz") for x in ("originals", "reconstructions") if args.npz]
-    for file in (out / "eval.png", out / "eval.jsonl", *files):
-        hita.check_writable(file)
     tokenizer = hita.load_tokenizer(path).to(device, memory_format=torch.channels_last)
-    (made_from, root), cfg = hita.sources(args, tokenizer.made_from), tokenizer.cfg
-    hita.add_dino(tokenizer, made_from["dino_file"])
+    cfg = tokenizer.cfg
+    sources, root = hita.find_sources(args, tokenizer.sources)
+    hita.add_dino(tokenizer, sources["dino_file"])
     train = hita.Pictures(root, "train", cfg.image_size)
-    val, perceptual = hita.validation_pictures(train), None
+    val = hita.validation_pictures(train)
+    out = hita.make_folder(args.out)
+
+    perceptual = None
     try:
-        if getattr(args, "lpips_weight", 1):
+        if getattr(args, "lpips_weight", 1) > 0:
             perceptual = hita.PerceptualLoss().to(device)
     except hita.HitaError as e:
         print(f"without LPIPS: {e}")
-    out.mkdir(parents=True, exist_ok=True)
-    size = 256 if cfg.image_size == 336 else cfg.image_size
+    files, size = [], 256 if cfg.image_size == 336 else cfg.image_size
+    if args.npz is not None:
+        files = [Path(f"{args.npz}-{kind}.npz") for kind in ("originals", "reconstructions")]
     arrays = [hita.picture_array(file, len(val), size) for file in files]
 
-    # swap is measured with the globals of the picture half the split further on
-    found = encode_all(tokenizer, val, 1, workers)
-    others = found[1].roll(len(val) // 2, dims=0) if cfg.num_global else None
+    # Swap is measured with the globals of the picture half the split further on.
+    val_ids = encode_all(tokenizer, val, 1, workers)
+    others = val_ids[1].roll(len(val) // 2, dims=0) if cfg.num_global > 0 else None
     figures = evaluate(tokenizer, val, out / "eval.png", workers, perceptual, arrays, others)
     del arrays
     for file in files:
         hita.pack_pictures(file)
-    known = encode_all(tokenizer, train, -(-len(train) // 20_000), workers)
-    for name, counts in id_counts(*known[1:], cfg).items():
+
+    # Of large data sets 20,000 training pictures are enough for the rest.
+    train_ids = encode_all(tokenizer, train, -(-len(train) // 20_000), workers)
+    for name, counts in id_counts(*train_ids[1:], cfg).items():
         figures |= hita.usage(name, counts)
     if val.split != "train":  # or probes would be judged on what they were fitted to
-        figures |= probes(tokenizer, known, found)
+        figures |= probes(tokenizer, train_ids, val_ids)
+
     line = {"tokenizer": str(path), "M": cfg.num_global, "k": cfg.k, "dino": cfg.dino,
             "pictures": len(val), **{name: round(value, 4) for name, value in figures.items()}}
     print(" ".join(f"{name} {value}" for name, value in line.items()))
@@ -332,31 +463,34 @@ def encode_all(tokenizer: hita.HitaTokenizer, data: hita.Pictures, every: int,
                workers: int) -> tuple[Tensor, Tensor, Tensor]:
     """One of `every` pictures, plain -> classes (n,), global ids (n, M), patch ids (n, N)."""
     device = next(tokenizer.parameters()).device
-    items = [(0, i) for i in range(0, len(data), every)]
+    loader = DataLoader(data, 16, sampler=range(0, len(data), every), num_workers=workers)
     rows = []
-    loader = DataLoader(data, 16, sampler=items, num_workers=workers)
     for images, classes in tqdm(loader, f"encoding {data.split}", leave=False):
         rows.append((classes.to(device), *tokenizer.encode(images.to(device))))
-    return tuple(map(torch.cat, zip(*rows)))
+    return tuple(torch.cat(parts) for parts in zip(*rows))
 
 
-def probes(tokenizer: hita.HitaTokenizer, train: tuple, val: tuple) -> dict[str, float]:
-    """Both as encode_all gives them -> the share of val whose class a linear classifier, fitted to
-    train, finds in the quantized tokens; by chance it is the share of the most frequent class."""
-    figures = {"probe_chance": (val[0] == train[0].mode().values).float().mean().item()}
+def probes(tokenizer: hita.HitaTokenizer, train_ids: tuple, val_ids: tuple) -> dict[str, float]:
+    """Both as encode_all gives them -> the share of validation pictures whose class a linear
+    classifier, fitted to the training pictures, finds in the quantized tokens. probe_chance is the
+    share of the most frequent class."""
+    classes, val_classes = train_ids[0], val_ids[0]
+    chance = (val_classes == classes.mode().values).float().mean()
+    figures = {"probe_chance": chance.item()}
     kinds = [("patch", tokenizer.patch_quantizer, 2)]
-    if tokenizer.cfg.num_global:
+    if tokenizer.cfg.num_global > 0:
         kinds.append(("global", tokenizer.global_quantizer, 1))
     for name, quantizer, place in kinds:
-        x, val_x = (quantizer.lookup(some[place]).detach().flatten(1) for some in (train, val))
-        guess = linear_probe(x, train[0], val_x)
-        figures[f"probe_{name}"] = (guess == val[0]).float().mean().item()
+        x = quantizer.lookup(train_ids[place]).detach().flatten(1)  # (n, T * C)
+        val_x = quantizer.lookup(val_ids[place]).detach().flatten(1)
+        guess = linear_probe(x, classes, val_x)
+        figures[f"probe_{name}"] = (guess == val_classes).float().mean().item()
     return figures
 
 
 def linear_probe(x: Tensor, y: Tensor, val_x: Tensor, decay: float = 0.1) -> Tensor:
-    """Classes (m,) that a linear classifier fitted to x (n, D), y (n,) finds for val_x (m, D): a
-    ridge regression of standardised features onto the classes as 0 and 1."""
+    """Classes (m,) that a linear classifier, fitted to x (n, D) and y (n,), finds for val_x (m, D):
+    a ridge regression of standardised features onto the classes as 0 and 1."""
     mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
     x, val_x = (x - mean) / std, (val_x - mean) / std
     classes = F.one_hot(y).type_as(x)  # (n, classes)
@@ -367,4 +501,4 @@ def linear_probe(x: Tensor, y: Tensor, val_x: Tensor, decay: float = 0.1) -> Ten
 
 
 if __name__ == "__main__":
-    hita.run_script(main, "--compile (where it is not on), --recompute, a smaller --batch-size")
+    hita.run_script(main)
