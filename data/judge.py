@@ -50,46 +50,86 @@ def load() -> nn.Sequential:
 def real(split: str) -> tuple[Tensor, Tensor, list[str]]:
     """The embedded pictures of a split, (n, 3, 64, 64), their class ids (n,), 50 names."""
     data = hita.Pictures(hita.embedded_data(), split, 64)
-    images, class_ids = zip(*(data[0, i] for i in range(len(data))))
+    images, class_ids = zip(*(data[i] for i in range(len(data))))
     return torch.stack(images), torch.tensor(class_ids), data.classes
+
+
+@torch.no_grad()
+def features(images: Tensor) -> Tensor:
+    """What the judge sees in images (B, 3, 64, 64), before its last layer -> (B, 112)."""
+    return torch.cat([load()[:-1](grey(part)) for part in images.split(100)])
+
+
+def colours(images: Tensor) -> Tensor:
+    """Means and deviations of the colours of images, and means of 3 x 3 parts -> (B, 33)."""
+    parts = F.adaptive_avg_pool2d(images, 3).flatten(1)  # (B, 27)
+    return torch.cat([images.mean((2, 3)), images.std((2, 3)), parts], dim=1)
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """Grey pictures of 16 x 16 as vectors of length 1 (B, 256), whose products are correlations."""
+    return F.normalize(F.adaptive_avg_pool2d(grey(images), 16).flatten(1), dim=1)
+
+
+@lru_cache
+def training_thumbnails() -> Tensor:
+    """Thumbnails of all training pictures and of their mirror images, since training shows both."""
+    known, _, _ = real("train")
+    return torch.cat([thumbnails(known), thumbnails(known.flip(-1))])
+
+
+def nearness(images: Tensor) -> Tensor:
+    """The largest correlation of each image with a training picture or its mirror image, (B,)."""
+    return (thumbnails(images) @ training_thumbnails().T).amax(dim=1)
+
+
+def distance_within(images: Tensor, class_ids: Tensor) -> Tensor:
+    """Mean distance, 1 - correlation, of two images of the same class."""
+    small = thumbnails(images)
+    pairs = (class_ids[:, None] == class_ids).triu(1)  # (B, B)
+    return (1 - small @ small.T)[pairs].mean()
+
+
+def training_pictures_like(class_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """As many training pictures of each class as there are ids of it, evenly spread, and ids."""
+    known, known_ids, _ = real("train")
+    chosen = []
+    for c, count in enumerate(class_ids.bincount(minlength=50).tolist()):
+        places = (known_ids == c).nonzero()[:, 0]
+        chosen.append(places[torch.linspace(0, len(places) - 1, count).round().long()])
+    chosen = torch.cat(chosen)
+    return known[chosen], known_ids[chosen]
 
 
 @torch.no_grad()
 def score(images: Tensor, class_ids: Tensor, recon: Tensor | None = None) -> dict[str, float]:
     """Figures of images (B, 3, 64, 64) in [-1, 1] that should show class_ids (B,).
 
-    top1, top5: share whose class is the judge's first guess, among its first five. fd: Fréchet
-    distance of its features to those of as many training pictures of each class, fd_colours: of
-    mean colours, of all and of 3 x 3 parts, and deviations; both fall as B rises, so compare equal
-    numbers. inception_score: exp of the mean KL(p(class | image) || p(class)). copies: share nearer
-    to a training picture or its mirror image than 95 % of recon (or of the validation pictures).
-    spread: mean distance of two images of a class, 1 as in training. HitaError for other shapes."""
+    top1, top5: share whose class is the judge's first guess, or among its first five.
+    fd: Fréchet distance of its features to those of as many training pictures of each class;
+    fd_colours: the same of colours. Both fall as B rises, so compare equal numbers.
+    inception_score: exp of the mean KL(p(class | image) || p(class)).
+    copies: share nearer to a training picture or its mirror image than 95 % of recon are, or of the
+    validation pictures.
+    spread: mean distance of two images of a class, 1 as in training.
+    HitaError for other shapes."""
     hita.check(images.shape[1:] == (3, 64, 64), f"images are {images.shape}, not (B, 3, 64, 64)")
-    images = images.clamp(-1, 1)
     hita.check_ids("class_ids", class_ids, (len(images),), 50)
-    known, known_ids, _ = real("train")
-    places = [(known_ids == c).nonzero()[:, 0] for c in range(50)]
-    some = torch.cat([p[torch.linspace(0, len(p) - 1, n).round().long()]
-                      for p, n in zip(places, class_ids.bincount(minlength=50).tolist())])
-    like, like_ids = known[some], known_ids[some]
+    images = images.clamp(-1, 1)
+    like, like_ids = training_pictures_like(class_ids)
 
-    features = lambda x: torch.cat([load()[:-1](grey(few)) for few in x.split(100)])  # (B, 112)
-    colours = lambda x: torch.cat([x.mean((2, 3)), x.std((2, 3)),
-                                   F.adaptive_avg_pool2d(x, 3).flatten(1)], dim=1)  # (B, 33)
     log_p = load()[-1](features(images)).log_softmax(dim=1)  # (B, 50)
     hits = log_p.topk(5).indices == class_ids[:, None]  # (B, 5)
     gain = (log_p.exp() * (log_p - log_p.exp().mean(dim=0).log())).sum(dim=1)  # (B,)
-    small = lambda x: F.normalize(F.adaptive_avg_pool2d(grey(x), 16).flatten(1), dim=1)  # (B, 256)
-    both = torch.cat([small(known), small(known.flip(-1))])  # training mirrors the pictures, too
-    nearest = lambda x: (small(x) @ both.T).amax(dim=1)  # the largest correlation, (B,)
-    limit = nearest(real("val")[0] if recon is None else recon).quantile(0.95)
-    spread = lambda x, ids: (1 - small(x) @ small(x).T)[(ids[:, None] == ids).triu(1)].mean()
-    figures = {"top1": hits[:, 0].float().mean(), "top5": hits.any(dim=1).float().mean(),
-               "fd": frechet_distance(features(images), features(like)),
-               "inception_score": gain.mean().exp(),
-               "fd_colours": frechet_distance(colours(images), colours(like)),
-               "copies": (nearest(images) > limit).float().mean(),
-               "spread": spread(images, class_ids) / spread(like, like_ids)}
+    limit = nearness(real("val")[0] if recon is None else recon).quantile(0.95)
+    figures = {
+        "top1": hits[:, 0].float().mean(),
+        "top5": hits.any(dim=1).float().mean(),
+        "fd": frechet_distance(features(images), features(like)),
+        "inception_score": gain.mean().exp(),
+        "fd_colours": frechet_distance(colours(images), colours(like)),
+        "copies": (nearness(images) > limit).float().mean(),
+        "spread": distance_within(images, class_ids) / distance_within(like, like_ids)}
     return {name: float(x) for name, x in figures.items()}
 
 
@@ -122,39 +162,51 @@ def main() -> None:
     parser = hita.Parser(__doc__)
     add = partial(parser.add_argument, metavar="X")
     add("out", nargs="?", default="out", metavar="OUT", help="run directory [out]")
-    add("--tokenizer", help="[the one that the Llama goes with]")
-    add("--llama", help="[llama.pt in OUT or, where nothing was trained, prints]")
+    add("--llama", help="file or name [llama.pt in OUT or, where nothing was trained, prints]")
+    add("--tokenizer", help="file or name [the Llama's own]")
     add("--cfg-scale", type=float, help="guidance [2; prints: 4]")
     add("--top-k", type=int, help="draw from the k likeliest ids, 0 from all [0; prints: 8]")
     add("--num", type=int, default=12, help="samples of each class [12]")
     add("--seed", type=int, default=0, help="of the samples, or of --train [0]")
     parser.add_argument("--train", action="store_true", help="train the judge anew")
     args = parser.parse_args()
-    hita.check_range(2, 100, num=args.num)
     if args.train:
         return train(args.seed)
+
     own = Path(args.out, "llama.pt")
-    path = args.llama or ("prints" if args.out == "out" and not own.exists() else str(own))
-    llama, beside = hita.load_llama(path), Path(path).with_name("tokenizer.pt")
-    found, tokenizer = hita.find_tokenizer(llama.made_from, args.tokenizer, beside)
-    hita.add_dino(tokenizer, tokenizer.made_from.get("dino_file"))
-    settings = (sample.PRINTS if path == "prints" else sample.OTHERS) | {"seed": args.seed}
-    settings |= {name: x for name, x in vars(args).items() if name in settings and x is not None}
+    path = args.llama or ("prints" if args.out == "out" and not own.exists() else own)
+    tokenizer, llama = hita.load(path, args.tokenizer)
+    hita.add_dino(tokenizer)
     images, class_ids, classes = real("val")
     hita.check(llama.classes == classes, f"{path} draws other classes than the embedded ones")
+    settings = (sample.PRINTS if path == "prints" else sample.OTHERS) | {"seed": args.seed}
+    for name in ("cfg_scale", "top_k"):
+        given = getattr(args, name)
+        settings[name] = settings[name] if given is None else given
+
     asked = torch.arange(50).repeat_interleave(args.num)
     recon = sample.decode(tokenizer, *tokenizer.encode(images))
-    drawn = torch.cat([sample.decode(tokenizer, *llama.generate(ids, **settings))
-                       for ids in tqdm(asked.split(10 * args.num), "ten classes a step")])
-    columns = [score(*x, recon) for x in ((images, class_ids), (recon, class_ids), (drawn, asked))]
-    print(f"{path} with {found}, {settings}\n{'':15}{'validation':>16}{'reconstructed':>19}"
-          f"{'samples':>19}{'by chance':>15}")
+    drawn = []
+    for part in tqdm(asked.split(10 * args.num), "ten classes a step"):
+        drawn.append(sample.decode(tokenizer, *llama.generate(part, **settings)))
+    columns = [score(images, class_ids, recon), score(recon, class_ids, recon),
+               score(torch.cat(drawn), asked, recon)]
+    print(f"{path}, {settings}")
+    print_table(columns, [len(images), len(images), len(asked)])
+
+
+def print_table(columns: list[dict], numbers: list[int]) -> None:
+    """Figures of validation pictures, reconstructions and samples; shares with standard errors."""
+    by_chance = {"top1": 0.02, "top5": 0.1, "copies": 0.05}
+    print(f"{'':15}{'validation':>16}{'reconstructed':>19}{'samples':>19}{'by chance':>15}")
     for name in columns[0]:
-        line, by_chance = f"{name:15}", {"top1": 0.02, "top5": 0.1, "copies": 0.05}.get(name, "")
-        for p, n in zip((x[name] for x in columns), (365, 365, len(asked))):
-            line += f"{p:11.3f} " + (f"± {(p * (1 - p) / n) ** 0.5:.3f}" if by_chance else " " * 7)
-        print(f"{line}{by_chance:>12}")
+        line = f"{name:15}"
+        for column, n in zip(columns, numbers):
+            p = column[name]
+            error = f"± {(p * (1 - p) / n) ** 0.5:.3f}" if name in by_chance else ""
+            line += f"{p:11.3f} {error:7}"
+        print(f"{line}{by_chance.get(name, ''):>12}")
 
 
 if __name__ == "__main__":
-    hita.run_script(main, "a smaller --num")
+    hita.run_script(main)
