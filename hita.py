@@ -715,7 +715,7 @@ class HitaTokenizer(nn.Module):
         """Frozen features (B, 1 + n, dino_dim), or (B, 0, dino_dim) in a model without any.
         HitaError if they are needed and not attached."""
         if not self.cfg.uses_dino:
-            return images.new_zeros(len(images), 0, self.cfg.dino_dim)
+            return images.new_zeros(images.shape[0], 0, self.cfg.dino_dim)
         check(self.dino is not None,
               f"encoding needs {self.cfg.dino}: hita.add_dino(tokenizer, file)")
         return self.dino.to(images.device)(images).type_as(images)
@@ -725,7 +725,7 @@ class HitaTokenizer(nn.Module):
         patches = self.encoder(images)  # (B, D, h, w)
         if self.cfg.num_global == 0:
             patch_z = self.patch_centring(self.patch_down(row_by_row(patches)))  # (B, N, C)
-            return patch_z.new_zeros(len(patch_z), 0, self.cfg.global_code_dim), patch_z
+            return patch_z.new_zeros(patch_z.shape[0], 0, self.cfg.global_code_dim), patch_z
         queries, patches = self.extractor(patches, dino_tokens)  # (B, M, D), (B, N, D)
         global_z = self.global_centring(self.global_down(queries))  # (B, M, C)
         patch_z = self.patch_centring(self.patch_down(patches))  # (B, N, C)
@@ -765,9 +765,10 @@ class HitaTokenizer(nn.Module):
         grid: rows and columns of the patches; without it the grid is the model's own. Another
         square number of ids is taken for a square, with a warning. Neither the encoder nor DINOv2
         is needed. HitaError where the ids do not fit."""
-        M, N = self.cfg.num_global, patch_ids.shape[-1]
+        M = self.cfg.num_global
         check_ids("patch ids", patch_ids, (None, None), self.cfg.patch_codebook_size)
-        check_ids("global ids", global_ids, (len(patch_ids), M), self.cfg.global_codebook_size)
+        B, N = patch_ids.shape
+        check_ids("global ids", global_ids, (B, M), self.cfg.global_codebook_size)
         grid = self.choose_grid(N) if grid is None else tuple(grid)
         check(math.prod(grid) == N and min(grid) > 0, f"{N} patch ids do not fill a grid of {grid}")
 
@@ -1216,13 +1217,15 @@ def draw(probs: Tensor, random: Tensor) -> Tensor:
 
 
 def cumulative_sums(probs: Tensor) -> Tensor:
-    """Cumulative sums (B, V). They are taken in blocks, because torch 2.11 cannot compile one of
-    16,384 numbers."""
-    V = probs.shape[-1]
-    blocks = F.pad(probs, (0, -V % 128)).unflatten(1, (-1, 128))  # (B, blocks, 128)
-    inner = blocks.cumsum(dim=-1)
-    before = F.pad(inner[:, :-1, -1].cumsum(dim=-1), (1, 0))  # (B, blocks)
-    return (inner + before[..., None]).flatten(1)[:, :V]
+    """Cumulative sums (B, V), by doubling: after a round each entry is the sum of twice as many.
+
+    torch.cumsum is refused by torch 2.6 on a GPU where deterministic algorithms are asked for, and
+    torch 2.11 cannot compile one of 16,384 numbers."""
+    sums, width = probs, 1
+    while width < probs.shape[-1]:
+        sums = sums + F.pad(sums[:, :-width], (width, 0))
+        width *= 2
+    return sums
 
 
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
@@ -1356,7 +1359,7 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], size: int) 
 
     Without it an id that is too large stops a GPU with a message about something else."""
     same_shape = ids.dim() == len(shape) and all(
-        wanted in (None, found) for wanted, found in zip(shape, ids.shape))
+        wanted is None or wanted == found for wanted, found in zip(shape, ids.shape))
     check(ids.dtype == torch.int64 and same_shape,
           f"{name} are {ids.dtype} of shape {tuple(ids.shape)}, they must be int64 of {shape}")
     if not torch.compiler.is_compiling():

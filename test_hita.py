@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -33,7 +34,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pytest import approx
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import hita
 import sample
@@ -107,31 +109,57 @@ def tiny_ids(batch: int = 2) -> tuple:
     return torch.arange(batch) % 5, torch.randint(32, (batch, 6)), torch.randint(32, (batch, 16))
 
 
-def ids(*shape: int) -> torch.Tensor:
+def ids(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64)
 
 
+def noise_images(batch: int = 2, *size: int) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1]."""
+    return torch.rand(batch, 3, *(size or (16, 16))) * 2 - 1
+
+
+def no_features(batch: int = 2) -> Tensor:
+    """What stands for DINOv2 tokens in a tokenizer without DINOv2."""
+    return torch.zeros(batch, 0, TINY.dino_dim)
+
+
+def equal(a: dict, b: dict) -> bool:
+    """Whether two state_dicts are the same, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+def together(kinds: tuple) -> Tensor:
+    """Global and patch ids or logits -> both in one tensor."""
+    return torch.cat(kinds, dim=1)
+
+
 # ---- shapes: B = 2, M = 6 global and N = 4 x 4 patch tokens, D = 16, V = 32 ----
+
+def build_attention():
+    return hita.Attention(16, 2, 0.0, qkv_bias=True, drop_probabilities=True)
+
 
 SHAPES = {  # part: (how to build it, inputs, outputs)
     "encoder": (lambda: hita.Encoder(TINY), [(2, 3, 16, 16)], [(2, 16, 4, 4)]),
     "decoder": (lambda: hita.Decoder(TINY), [(2, 16, 4, 4)], [(2, 3, 16, 16)]),
     "dino": (lambda: hita.DINOv2(VIT, pretrained=False), [(2, 3, 32, 32)], [(2, 1 + 16, 384)]),
-    "attention": (lambda: hita.Attention(16, 2, True, 0.0), [(2, 9, 16)], [(2, 9, 16)]),
-    "extractor": (
-        lambda: hita.QueryExtractor(TINY), [(2, 16, 4, 4), None], [(2, 6, 16), (2, 16, 16)]),
-    "extractor with DINOv2": (lambda: hita.QueryExtractor(TINY_U),
-                              [(2, 16, 4, 4), (2, 257, 8)], [(2, 6, 16), (2, 16, 16)]),
-    "centring": (lambda: hita.Centring(6, 12), [(2, 6, 12)], [(2, 6, 12)]),
+    "attention to everything": (build_attention, [(2, 9, 16), hita.EVERYTHING], [(2, 9, 16)]),
+    "causal attention": (build_attention, [(2, 9, 16), hita.BEFORE], [(2, 9, 16)]),
+    "extractor": (lambda: hita.QueryExtractor(TINY), [(2, 16, 4, 4), (2, 0, 1024)],
+                  [(2, 6, 16), (2, 16, 16)]),
+    "extractor with DINOv2": (lambda: hita.QueryExtractor(TINY_U), [(2, 16, 4, 4), (2, 257, 8)],
+                              [(2, 6, 16), (2, 16, 16)]),
+    "centring": (lambda: hita.Centring(12), [(2, 16, 12)], [(2, 16, 12)]),
+    "centring of positions": (lambda: hita.Centring(12, 6, per_position=True), [(2, 6, 12)],
+                              [(2, 6, 12)]),
     "quantizer": (lambda: hita.VectorQuantizer(32, 8), [(2, 9, 8)], [(2, 9, 8), (2, 9), ()]),
-    "quantizer that revives": (
-        lambda: hita.RevivingQuantizer(32, 8), [(2, 9, 8)], [(2, 9, 8), (2, 9), ()]),
     "fusion": (lambda: hita.Fusion(TINY), [(2, 6, 16), (2, 16, 16), (4, 4)], [(2, 16, 16)]),
-    "tokenizer": (tiny, [(2, 3, 16, 16)], [(2, 3, 16, 16), (), (2, 6), (2, 16)]),
+    "tokenizer": (tiny, [(2, 3, 16, 16)],
+                  [(2, 3, 16, 16), (), (2, 6), (2, 16), (2, 6, 12), (2, 16, 8)]),
     "tokenizer encodes": (lambda: tiny().encode, [(2, 3, 16, 16)], [(2, 6), (2, 16)]),
     "tokenizer decodes": (lambda: tiny().decode, [ids(2, 6), ids(2, 16)], [(2, 3, 16, 16)]),
     "tokenizer without globals": (lambda: tiny(num_global=0, k=0), [(2, 3, 16, 16)],
-                                  [(2, 3, 16, 16), (), (2, 0), (2, 16)]),
+                                  [(2, 3, 16, 16), (), (2, 0), (2, 16), (2, 0, 12), (2, 16, 8)]),
     "discriminator": (hita.PatchDiscriminator, [(1, 3, 336, 336)], [(1, 1, 40, 40)]),
     "llama": (tiny_llama, [ids(2), ids(2, 6), ids(2, 16)], [(2, 6, 32), (2, 16, 32)]),
     "llama without globals": (lambda: tiny_llama(num_global=0), [ids(2), ids(2, 0), ids(2, 16)],
@@ -142,14 +170,22 @@ SHAPES = {  # part: (how to build it, inputs, outputs)
 }
 
 
+def as_tensors(out) -> list[Tensor]:
+    """What a part returns -> its tensors."""
+    if isinstance(out, Tensor):
+        return [out]
+    values = vars(out).values() if isinstance(out, hita.TokenizerOutput) else out
+    return [x for x in values if x is not None]
+
+
 @pytest.mark.parametrize("part", SHAPES)
 def test_shapes(part, small_dino):
     build, inputs, outputs = SHAPES[part]
     tensors = [torch.randn(x).clamp(-1, 1) if isinstance(x, tuple) and len(x) > 2 else x
                for x in inputs]
-    out = build()(*tensors)
-    out = vars(out).values() if isinstance(out, hita.TokenizerOutput) else out
-    out = [out] if isinstance(out, torch.Tensor) else [x for x in out if x is not None]
+
+    out = as_tensors(build()(*tensors))
+
     assert [tuple(x.shape) for x in out] == outputs
 
 
@@ -170,11 +206,13 @@ def test_shapes_and_names_of_the_released_models(preset, parameters, tensors, di
             x = model.backbone(torch.empty(1, 569, model.cfg.dim), torch.arange(569))
             assert x.shape == (1, 569, model.cfg.dim)
         weights = released_layout(model)
-        data = hita.from_released(weights)
+        data = hita.from_released("x.pt", weights)
+
     assert sum(p.numel() for p in model.parameters()) == parameters
     names = "\n".join(sorted(weights)).encode()
-    assert len(weights) == tensors and hashlib.sha256(names).hexdigest().startswith(digest)
-    assert data["config"] == model.cfg
+    assert len(weights) == tensors
+    assert hashlib.sha256(names).hexdigest().startswith(digest)
+    assert data["config"] == vars(model.cfg)
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert {name: tensor.shape for name, tensor in data["ema"].items()} == own
 
@@ -182,249 +220,494 @@ def test_shapes_and_names_of_the_released_models(preset, parameters, tensors, di
 # ---- settings ----------------------------------------------------------------
 
 @pytest.mark.parametrize("changes", [
-    dict(k=7), dict(image_size=18), dict(num_global=0, k=2), dict(heads=3), dict(channels=6),
-    dict(vfm_recon=True), dict(patch_codebook_size=0), dict(k=-1), dict(beta=-1.0), dict(layers=-1),
-    dict(dropout=1.0), dict(beta=float("nan")), dict(channel_mult=(1, 0))])
-def test_settings_that_contradict_or_are_out_of_range_are_refused(changes):
-    make = lambda: hita.check_numbers(dataclasses.replace(TINY, **changes))
-    refused(next(iter(changes)), make)
+    dict(k=7), dict(k=-1), dict(image_size=18), dict(num_global=0, k=2), dict(heads=3),
+    dict(vfm_recon=True)])
+def test_settings_that_contradict_each_other_are_refused(changes):
+    refused(next(iter(changes)), dataclasses.replace, TINY, **changes)
+    refused("dim 24", hita.LlamaConfig, dim=24, heads=4)
 
 
 def test_every_setting_is_read_and_a_new_one_just_works(monkeypatch):
-    limited = hita.POSITIVE | hita.NOT_NEGATIVE | hita.SHARES
     for config, script in ((hita.TokenizerConfig, "hita.py"), (hita.LlamaConfig, "hita.py"),
                            (train_tokenizer.Training, "train_tokenizer.py"),
                            (train_ar.Training, "train_ar.py")):
         text = (ROOT / "hita.py").read_text() + (ROOT / script).read_text()
         for name in vars(config()):
             assert re.search(rf"\b(cfg|recipe|self)\.{name}\b", text), name
-        limited -= vars(config()).keys()
-    assert not limited  # all are for a setting that there is
 
     @dataclasses.dataclass
-    class Changed(train_ar.Training):  # may be negative, and needs no comment
+    class Changed(train_ar.Training):
         shift: float = 0.0
         floor: float = -1.0
 
     monkeypatch.setattr(sys, "argv", ["x", "--floor", "-2", "--shift", "0"])
     parser = hita.Parser("")
     parser.add_settings(Changed())
-    assert hita.override(Changed(shift=1.0), parser.parse_args()) == Changed(floor=-2.0)
+    assert hita.choose(Changed(shift=1.0), parser.parse_args()) == Changed(floor=-2.0)
 
 
-def test_encoder_norms_have_32_groups_or_one_and_are_the_same_by_channel():
-    found = [hita.group_norm(c).num_groups for c in (8, 16, 64, 128, 132, 512)]
-    assert found == [1, 1, 1, 32, 1, 32]  # 132 is 4 * 33, and 32 and 33 share no divisor
-    norm, x = fill(hita.group_norm(128)), 5 + torch.randn(2, 128, 6, 7)
+def test_a_setting_that_is_fixed_may_be_repeated_but_not_changed():
+    args = argparse.Namespace(k=2, beta=0.5, out="elsewhere")
+    fixed = {"k", "channels"}
+
+    assert hita.choose(TINY, args, fixed) == dataclasses.replace(TINY, beta=0.5)
+
+    args.k = 3
+    refused("k is 2 in this run and cannot become 3", hita.choose, TINY, args, fixed, "in this run")
+
+
+# ---- conv nets ----------------------------------------------------------------
+
+def test_encoder_norms_have_32_groups_or_one():
+    groups = [hita.group_norm(channels).num_groups for channels in (8, 16, 64, 128, 512)]
+    assert groups == [1, 1, 1, 32, 32]
+
+
+@pytest.mark.parametrize("channels", [16, 128])
+def test_encoder_norm_by_channel_is_group_norm(channels):
+    norm = fill(hita.group_norm(channels))
+    x = 5 + torch.randn(2, channels, 6, 7)
     grads = []
-    for call in (norm, lambda x: hita.norm_by_channel(norm, x)):
+    for call in (norm, partial(train_tokenizer.norm_by_channel, norm)):
         x = x.detach().requires_grad_()
         y = call(x)
         (y * wave(*y.shape)).sum().backward()
         grads.append((y, x.grad))
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads))
+    for ours, torchs in zip(*grads):
+        assert torch.allclose(ours, torchs, atol=1e-4)
 
-
-# ---- centring and quantizer --------------------------------------------------
-
-@pytest.mark.parametrize("positions", [6, 1])
-def test_centring_is_batch_norm_of_each_position_or_of_all(positions):
-    norm, centring = nn.BatchNorm1d(positions * 3, 1e-5, 0.01, False), hita.Centring(positions, 3)
-    flat = lambda z: z.reshape(-1, positions * 3)
-    for _ in range(3):
-        z, weight = 3 * torch.randn(4, 6, 3) + torch.randn(6, 3), torch.randn(4, 6, 3)
-        z, reference = z.clone().requires_grad_(), z.clone().requires_grad_()
-        found, expected = centring(z), norm(flat(reference))
-        assert torch.allclose(flat(found), expected, atol=1e-5)
-        (found * weight).sum().backward()
-        (expected * flat(weight)).sum().backward()
-        assert torch.allclose(z.grad, reference.grad, atol=1e-5)
-    assert torch.allclose(centring.mean.flatten(), norm.running_mean, atol=1e-6)
-    assert torch.allclose(centring.var.flatten(), norm.running_var, atol=1e-6)
-    state = copy.deepcopy(centring.state_dict())
-    with torch.no_grad():  # encode, in training mode, too, moves nothing
-        assert torch.allclose(flat(centring(z)), norm.eval()(flat(z)), atol=1e-5)
-    assert torch.allclose(flat(centring.eval()(z)), norm(flat(z)), atol=1e-5)
-    assert all(map(torch.equal, state.values(), centring.state_dict().values()))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert centring(z.bfloat16()).dtype == torch.float32
-    refused("two pictures", centring.train(), z[:1])
-
-
-def test_quantizer_takes_the_nearest_code_and_weighs_the_encoder_with_beta():
-    vq, z = hita.VectorQuantizer(32, 4), torch.randn(2, 5, 4, requires_grad=True)
-    codes, found, _ = vq(z)
-    sphere = F.normalize(z, dim=-1)
-    book = F.normalize(vq.codebook.detach(), dim=-1)
-    assert torch.equal(found, torch.cdist(sphere, book[None]).argmin(-1))
-    assert torch.allclose(codes, book[found], atol=1e-6)
-    assert torch.allclose(vq.lookup(found), codes, atol=1e-6)
-    weight = torch.randn_like(codes)
-    expected, = torch.autograd.grad((sphere * weight).sum(), z)
-    (codes * weight).sum().backward()
-    assert torch.allclose(z.grad, expected, atol=1e-6) and vq.codebook.grad is None
-    grads = []
-    for beta in (0.25, 0.5):
-        other = hita.VectorQuantizer(32, 4, beta)
-        other.load_state_dict(vq.state_dict())
-        grads.append(torch.autograd.grad(other(z)[2], (z, other.codebook)))
-    (of_z, of_codes), (of_z2, of_codes2) = grads
-    assert torch.allclose(2 * of_z, of_z2)  # encoder: proportional to beta
-    assert torch.allclose(of_codes, of_codes2) and of_codes.abs().sum() > 0  # codes: without
-    vq, z = hita.VectorQuantizer(4096, 8), torch.randn(1, 256, 8)
-    with torch.autocast("cpu", torch.bfloat16):  # in float32 nevertheless
-        codes, found, loss = vq(z)
-    assert torch.equal(found, vq(z)[1]) and codes.dtype == loss.dtype == torch.float32
-
-
-def test_quantizer_revives_unused_codes_and_counts_hits_over_all_processes(monkeypatch):
-    vq = hita.RevivingQuantizer(64, 4)
-    cone = torch.randn(8, 32, 4) + torch.tensor([5.0, 0, 0, 0])  # few codes are near it
-    before = len(vq.eval()(cone)[1].unique())
-    for _ in range(3):
-        vq.train()(cone)
-    frozen = vq.codebook.clone()
-    assert before < 32 and len(vq.eval()(cone)[1].unique()) > 50
-    assert torch.equal(frozen, vq.codebook)  # eval mode moves nothing
-    vq.train().hits.fill_(1.0)
-    monkeypatch.setattr(vq, "revive", lambda z: None)
-    monkeypatch.setattr(hita, "all_sum", lambda x: 2 * x)  # as if of two processes
-    vq(torch.randn(1, 10, 4))
-    assert vq.hits.sum().item() == 64 + 20
-
-
-def test_another_quantizer_needs_two_methods_only(monkeypatch):
-    class Signs(nn.Module):  # FSQ with two levels: a code is the signs of z
-        def __init__(self, size, dim, beta):
-            super().__init__()
-            self.register_buffer("powers", 2 ** torch.arange(dim))
-
-        def forward(self, z):
-            ids = ((z > 0) * self.powers).sum(-1)
-            return z + (self.lookup(ids) - z).detach(), ids, z.new_zeros(())
-
-        def lookup(self, ids):
-            return 2.0 * (ids[..., None] // self.powers % 2) - 1
-
-    monkeypatch.setattr(hita, "VectorQuantizer", Signs)
-    tokenizer, images = tiny(patch_code_dim=5, global_code_dim=5), torch.randn(2, 3, 16, 16) / 4
-    out = tokenizer(images)
-    (out.recon.sum() + out.codebook_loss).backward()
-    assert tokenizer.encoder.conv_in.weight.grad.abs().sum() > 0
-    assert torch.allclose(tokenizer.decode(*tokenizer.encode(images)), out.recon, atol=1e-5)
+    # A mean that is large beside the deviation. From E[x^2] - E[x]^2 nothing would be left of it.
+    far = 300 + 0.1 * torch.randn(2, channels, 32, 32)
+    exact = copy.deepcopy(norm).double()(far.double())
+    assert (train_tokenizer.norm_by_channel(norm, far) - exact).abs().max() < 0.05
 
 
 # ---- what sees what ----------------------------------------------------------
+
+def seen_by(state: Tensor, tokens: Tensor) -> Tensor:
+    """Whether a state depends on each token (1, T, D): its gradient there is not 0. -> (T,)"""
+    grad, = torch.autograd.grad(state.sum(), tokens, retain_graph=True)
+    return grad[0].abs().sum(dim=-1) > 0
+
 
 @pytest.mark.parametrize("k", [0, 1, 2, 6])
 def test_fusion_decides_which_tokens_a_cell_sees(k):
     fusion, M, N = tiny(k=k).fusion, 6, 16
     tokens = torch.randn(1, M + N, 16, requires_grad=True)
+
     states = fusion(tokens[:, :M], tokens[:, M:], (4, 4))  # (1, N, D)
+
     for i in range(N):
-        grad, = torch.autograd.grad(states[0, i].sum(), tokens, retain_graph=True)
-        seen = grad[0].abs().sum(-1) > 0  # (M + N,)
-        # cell i is the state at position M - k + i: the table in the docstring of Fusion
-        assert torch.equal(seen, torch.arange(M + N) <= M - k + i)
+        # Cell i is the state at position M - k + i: the table in the docstring of Fusion.
+        assert torch.equal(seen_by(states[0, i], tokens), torch.arange(M + N) <= M - k + i)
+
+
+class Masked(nn.Module):
+    """A layer that gets this mask, whatever it is told."""
+
+    def __init__(self, layer: nn.Module, mask: Tensor):
+        super().__init__()
+        self.layer = layer
+        self.mask = mask
+
+    def forward(self, x: Tensor, sees) -> Tensor:
+        return self.layer(x, self.mask)
+
+
+def test_fusion_takes_any_mask_so_that_patches_do_not_see_globals():
+    """And layers of both kinds."""
+    fusion, M, N = tiny().fusion, 6, 16
+    mask = torch.ones(M + N, M + N, dtype=torch.bool).tril()
+    mask[M:, :M] = False
+    both = [hita.Layer(TINY, qkv_bias=False, drop_probabilities=False),
+            hita.Layer(TINY, qkv_bias=True, drop_probabilities=True)]
+    tokens = torch.randn(1, M + N, 16, requires_grad=True)
+
+    fusion.layers = nn.ModuleList(both)
+    for position, state in enumerate(fusion(tokens[:, :M], tokens[:, M:], (4, 4))[0], start=M - 2):
+        assert torch.equal(seen_by(state, tokens), torch.arange(M + N) <= position)
+
+    fusion.layers = nn.ModuleList(Masked(layer, mask) for layer in both)
+    for position, state in enumerate(fusion(tokens[:, :M], tokens[:, M:], (4, 4))[0], start=M - 2):
+        assert torch.equal(seen_by(state, tokens), mask[position])
+
+
+def test_attention_sees_everything_what_comes_before_or_what_a_mask_shows():
+    attention, x = build_attention(), torch.randn(2, 9, 16)
+    everything = torch.ones(9, 9, dtype=torch.bool)
+    for sees, mask in ((hita.EVERYTHING, everything), (hita.BEFORE, everything.tril())):
+        assert torch.allclose(attention(x, sees), attention(x, mask), atol=1e-6)
+
+    x = x[:1].requires_grad_()
+    for position, state in enumerate(attention(x, hita.BEFORE)[0]):
+        assert torch.equal(seen_by(state, x), torch.arange(9) <= position)
+    for state in attention(x, hita.EVERYTHING)[0]:
+        assert seen_by(state, x).all()
 
 
 def test_extractor_sees_all_patches_and_dino_then_is_causal_without_it():
-    extractor, inside = hita.QueryExtractor(TINY_U).eval(), []
-    extractor.causal.register_forward_hook(lambda module, args, out: inside.append(args[0]))
-    x, tokens = torch.randn(1, 16, 4, 4), torch.randn(1, 257, 8)
-    changed = x.clone()
-    changed[..., -1, -1] = torch.randn(16)  # the last patch only
-    for other in ((changed, tokens), (x, tokens + torch.randn(1, 257, 8))):
-        for before, after in zip(extractor(x, tokens), extractor(*other)):
-            assert ((before - after).abs().amax(-1) > 1e-5).all()  # all of both
-    assert inside[0].shape == (1, 6 + 16, 16)
-    x = torch.randn(1, 10, 16)
-    changed = x.clone()
-    changed[:, 4] = torch.randn(16)
-    moved = (extractor.causal(x) - extractor.causal(changed)).abs().amax(-1)[0] > 1e-6
-    assert moved.tolist() == [False] * 4 + [True] * 6
+    extractor = hita.QueryExtractor(TINY_U).eval()
+    inside = []
+    extractor.causal[0].register_forward_hook(lambda module, args, out: inside.append(args[0]))
+    cells = torch.randn(1, 16, 16, requires_grad=True)  # (1, N, D)
+    features = torch.randn(1, 257, 8, requires_grad=True)
+
+    patches = cells.transpose(1, 2).unflatten(2, (4, 4))  # (1, D, h, w)
+    states = torch.cat(extractor(patches, features), dim=1)  # (1, M + N, D)
+
+    assert inside[0].shape == (1, 6 + 16, 16)  # without the 257 of DINOv2
+    for i, state in enumerate(states[0]):
+        for tokens in (extractor.queries, cells, features):
+            assert seen_by(state, tokens).all()
+        assert torch.equal(seen_by(state, inside[0]), torch.arange(22) <= i)
 
 
 def test_fusion_mask_token_sees_everything_and_globals_not_it():
     fusion, inside = hita.Fusion(TINY_U).eval(), []
-    globals_ = torch.randn(1, 6, 16, requires_grad=True)
     fusion.layers[0].register_forward_hook(lambda module, args, out: inside.append(out))
-    features = fusion.reconstruct_features(globals_, 16)
+    global_tokens = torch.randn(1, 6, 16, requires_grad=True)
+
+    features = fusion.reconstruct_features(global_tokens, 16)
+
     assert features.shape == (1, 256, 8)
-    inputs = globals_, fusion.positions
-    for grad in torch.autograd.grad(features[0, 0].sum(), inputs, retain_graph=True):
-        assert (grad.abs().sum(-1) > 0).all()  # the first mask token sees all
-    grads = torch.autograd.grad(inside[0][0, 2].sum(), inputs, allow_unused=True)
-    assert (grads[0].abs().sum(-1) > 0)[0].tolist() == [True] * 3 + [False] * 3
-    assert grads[1].abs().sum() == 0
+    for tokens in (global_tokens, fusion.positions):
+        assert seen_by(features[0, 0], tokens).all()  # by the first mask token
+    third = inside[0][0, 2]
+    assert seen_by(third, global_tokens).tolist() == [True] * 3 + [False] * 3
+    assert not seen_by(third, fusion.positions).any()
 
 
 def test_llama_sees_what_comes_before_and_knows_rows_and_columns():
     llama = tiny_llama()
     class_ids, g, p = tiny_ids()
-    logits = torch.cat(llama(class_ids, g, p), dim=1)
+    logits = together(llama(class_ids, g, p))
+
     for position in (0, 5, 6, 7, 20):  # that token is the next input
-        g2, p2 = g.clone(), p.clone()
-        (g2 if position < 6 else p2)[:, position if position < 6 else position - 6] += 1
-        moved = (torch.cat(llama(class_ids, g2 % 32, p2 % 32), dim=1) - logits).abs().amax(-1)[0]
-        assert (moved > 1e-6).tolist() == [i > position for i in range(22)]
-    other = torch.cat(llama(class_ids + 1, g, p), dim=1)
-    assert ((other - logits).abs().amax(-1) > 1e-6).all()
+        changed = torch.cat([g, p], dim=1)
+        changed[:, position] = (changed[:, position] + 1) % 32
+        other = together(llama(class_ids, changed[:, :6], changed[:, 6:]))
+        moved = (other - logits).abs().amax(dim=-1)[0] > 1e-6
+        assert moved.tolist() == [i > position for i in range(22)]
+    other = together(llama(class_ids + 1, g, p))
+    assert ((other - logits).abs().amax(dim=-1) > 1e-6).all()
+
     cos, sin = hita.position_rotations(6, 4, 8)
     assert cos.shape == sin.shape == (22, 4)
-    assert (cos[:6] == 1).all() and not cos[6].any() and not sin[:7].any()  # 6: looks at all
+    assert (cos[:6] == 1).all() and not sin[:7].any()
+    assert not cos[6].any()  # the last global token looks at all alike
     cell = 7 + 2 * 4 + 3  # patch at row 2, column 3
     expected = torch.tensor([2.0, 2 * 0.01, 3.0, 3 * 0.01])
     assert torch.allclose(torch.atan2(sin, cos)[cell], expected, atol=1e-5)
 
 
+# ---- centring, quantizer, revival --------------------------------------------
+
+@pytest.mark.parametrize("per_position", [True, False])
+def test_centring_is_batch_norm_of_each_position_or_of_all(per_position):
+    channels = 18 if per_position else 3
+    norm = nn.BatchNorm1d(channels, 1e-5, 0.01, affine=False)
+    centring = hita.Centring(3, 6, per_position)
+    for _ in range(3):
+        z = (3 * torch.randn(4, 6, 3) + torch.randn(6, 3)).requires_grad_()
+        reference = z.detach().clone().requires_grad_()
+        weight = torch.randn(4, 6, 3)
+        centred = centring(z)
+        expected = norm(reference.reshape(-1, channels))
+        assert torch.allclose(centred.reshape(-1, channels), expected, atol=1e-5)
+        (centred * weight).sum().backward()
+        (expected * weight.reshape(-1, channels)).sum().backward()
+        assert torch.allclose(z.grad, reference.grad, atol=1e-5)
+    assert torch.allclose(centring.mean.flatten(), norm.running_mean, atol=1e-6)
+    assert torch.allclose(centring.var.flatten(), norm.running_var, atol=1e-6)
+
+    # Eval mode uses the averages and does not move them.
+    state = copy.deepcopy(centring.state_dict())
+    centred, expected = centring.eval()(z), norm.eval()(z.reshape(-1, channels))
+    assert torch.allclose(centred.reshape(-1, channels), expected, atol=1e-5)
+    assert equal(state, centring.state_dict())
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert centring(z.bfloat16()).dtype == torch.float32
+    refused("two pictures", centring.train(), z[:1])
+
+
+def test_quantizer_takes_the_nearest_code_with_the_gradient_of_its_input():
+    vq = hita.VectorQuantizer(32, 4)
+    z = torch.randn(2, 5, 4, requires_grad=True)
+    sphere = F.normalize(z, dim=-1)
+    book = F.normalize(vq.codebook.detach(), dim=-1)
+
+    codes, nearest, _ = vq(z)
+
+    assert torch.equal(nearest, torch.cdist(sphere, book[None]).argmin(dim=-1))
+    assert torch.allclose(codes, book[nearest], atol=1e-6)
+    assert torch.allclose(vq.lookup(nearest), codes, atol=1e-6)
+    weight = torch.randn_like(codes)
+    expected, = torch.autograd.grad((sphere * weight).sum(), z)
+    (codes * weight).sum().backward()
+    assert torch.allclose(z.grad, expected, atol=1e-6)
+    assert vq.codebook.grad is None
+
+
+def test_quantizer_weighs_the_encoder_with_beta_and_computes_in_float32():
+    z = torch.randn(2, 5, 4, requires_grad=True)
+    vq, double = hita.VectorQuantizer(32, 4, 0.25), hita.VectorQuantizer(32, 4, 0.5)
+    double.load_state_dict(vq.state_dict())
+
+    of_z, of_codes = torch.autograd.grad(vq(z)[2], (z, vq.codebook))
+    of_z2, of_codes2 = torch.autograd.grad(double(z)[2], (z, double.codebook))
+
+    assert torch.allclose(2 * of_z, of_z2)
+    assert torch.allclose(of_codes, of_codes2) and of_codes.abs().sum() > 0
+
+    vq, z = hita.VectorQuantizer(4096, 8), torch.randn(1, 256, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes, nearest, loss = vq(z)
+    assert torch.equal(nearest, vq(z)[1])
+    assert codes.dtype == loss.dtype == torch.float32
+
+
+def test_revival_brings_unused_codes_of_a_quantizer_back(monkeypatch):
+    vq = hita.VectorQuantizer(64, 4)
+    revival = hita.CodeRevival(vq)
+    cone = torch.randn(8, 32, 4) + torch.tensor([5.0, 0, 0, 0])  # few codes are near it
+    before = len(vq(cone)[1].unique())
+
+    for _ in range(3):
+        revival.step(vq, cone, vq(cone)[1])
+
+    assert before < 32 and len(vq(cone)[1].unique()) > 50
+
+    # Codes in use stay where they are, and a use is counted over all processes.
+    revival.hits.fill_(1.0)
+    codebook = vq.codebook.clone()
+    counts_of_two_processes = Mock(side_effect=lambda x: 2 * x if x.is_floating_point() else x)
+    monkeypatch.setattr(hita, "all_sum", counts_of_two_processes)
+    z = torch.randn(1, 10, 4)
+    revival.step(vq, z, vq(z)[1])
+    assert revival.hits.sum().item() == approx(64 * 0.9 + 20)
+    assert torch.equal(vq.codebook, codebook)
+
+
+DEMO = dict(centre=True, revive_codes=True)  # what the demo has beside the paper's tokenizer
+
+
+@pytest.mark.parametrize("frozen", ["all", "patch_quantizer", "nothing"])
+def test_a_frozen_codebook_of_a_quantizer_never_moves(frozen):
+    tokenizer = tiny(**DEMO).train()
+    if frozen == "all":
+        tokenizer.requires_grad_(False)
+    elif frozen == "patch_quantizer":
+        tokenizer.patch_quantizer.requires_grad_(False)
+    before = copy.deepcopy(tokenizer.state_dict())
+
+    for _ in range(3):
+        tokenizer.revive(tokenizer(noise_images(4)))
+
+    after = tokenizer.state_dict()
+    moved = {name for name in ("patch_quantizer.codebook", "global_quantizer.codebook")
+             if not torch.equal(before[name], after[name])}
+    assert moved == {
+        "all": set(), "patch_quantizer": {"global_quantizer.codebook"},
+        "nothing": {"patch_quantizer.codebook", "global_quantizer.codebook"}}[frozen]
+
+
+class FSQ(nn.Module):
+    """Finite scalar quantization (Mentzer et al. 2023): each channel is rounded to its levels."""
+
+    def __init__(self, size: int, dim: int, beta: float):
+        super().__init__()
+        self.register_buffer("levels", torch.tensor([8, 5, 5]))
+        self.register_buffer("basis", torch.tensor([1, 8, 40]))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        bounded = (z.tanh() + 1) / 2 * (self.levels - 1)  # from 0 to levels - 1
+        digits = bounded + (bounded.round() - bounded).detach()
+        ids = (digits.detach().round().long() * self.basis).sum(dim=-1)
+        return 2 * digits / (self.levels - 1) - 1, ids, z.new_zeros(())
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        digits = ids[..., None] // self.basis % self.levels
+        return 2.0 * digits / (self.levels - 1) - 1
+
+
+def test_another_quantizer_needs_two_methods_only(monkeypatch):
+    monkeypatch.setattr(hita, "VectorQuantizer", FSQ)
+    changes = dict(patch_code_dim=3, global_code_dim=3, patch_codebook_size=200,
+                   global_codebook_size=200, centre=True)
+    refused("FSQ has no codebook.*--no-revive-codes", tiny, **changes, revive_codes=True)
+    tokenizer, images = tiny(**changes), noise_images()
+
+    out = tokenizer.train()(images)
+    (out.recon.sum() + out.codebook_loss).backward()
+    tokenizer.revive(out)  # does nothing
+
+    assert tokenizer.encoder.conv_in.weight.grad.abs().sum() > 0
+    assert 8 < len(out.patch_ids.unique()) and out.patch_ids.max() < 200
+    recon = tokenizer.eval()(images).recon
+    assert torch.allclose(tokenizer.decode(*tokenizer.encode(images)), recon, atol=1e-5)
+
+
 # ---- tokenizer ---------------------------------------------------------------
 
-@pytest.mark.parametrize("causal, dropped", [(False, 0.5), (True, 0.0)])
-def test_attention_drops_outputs_or_probabilities_if_causal(causal, dropped):
-    attention = hita.Attention(16, 2, causal, 0.5)
+@pytest.mark.parametrize("drop_probabilities", [True, False])
+def test_attention_drops_probabilities_or_outputs(drop_probabilities):
+    attention = hita.Attention(16, 2, 0.5, qkv_bias=False, drop_probabilities=drop_probabilities)
+    assert attention.q.bias is attention.k.bias is attention.v.bias is None
     x = torch.randn(4, 1, 16).expand(4, 50, 16)  # whatever is attended to: the same output
-    y, whole = attention(x), attention.eval()(x)
-    assert (y == 0).float().mean().item() == approx(dropped, abs=0.05)
-    assert torch.allclose(y, 2 * whole * (y != 0), atol=1e-5) == (not causal)
-    assert torch.equal(attention(x), whole) and (attention.q.bias is None) == (not causal)
+
+    y = attention(x, hita.EVERYTHING)
+    whole = attention.eval()(x, hita.EVERYTHING)
+
+    zeros = (y == 0).float().mean().item()
+    assert zeros == approx(0.0 if drop_probabilities else 0.5, abs=0.05)
+    outputs_dropped = torch.allclose(y, 2 * whole * (y != 0), atol=1e-5)
+    assert outputs_dropped != drop_probabilities
+    assert torch.equal(attention(x, hita.EVERYTHING), whole)  # eval mode drops nothing
 
 
-@pytest.mark.parametrize("changes", [
-    {}, dict(num_global=0, k=0), dict(revive_codes=True, centre=True, dropout=0.5)])
+@pytest.mark.parametrize("changes", [{}, dict(num_global=0, k=0), dict(**DEMO, dropout=0.5)])
 def test_tokenizer_encodes_alike_in_all_modes_and_stays_as_it_is(changes):
-    tokenizer, images = tiny(**changes), torch.rand(4, 3, 16, 16) * 2 - 1
+    tokenizer, images = tiny(**changes), noise_images(4)
     state = copy.deepcopy(tokenizer.state_dict())
-    found, out = tokenizer.encode(images), tokenizer(images)
-    assert found[0].dtype == found[1].dtype == torch.int64
-    assert torch.equal(out.global_ids, found[0]) and torch.equal(out.patch_ids, found[1])
-    assert torch.allclose(out.recon, tokenizer.decode(*found), atol=1e-5)
-    assert all(map(torch.equal, tokenizer.train().encode(images), found))
+
+    encoded, out = tokenizer.encode(images), tokenizer(images)
+    recon = tokenizer.decode(*encoded)
+
+    assert encoded[0].dtype == encoded[1].dtype == torch.int64
+    assert torch.equal(out.global_ids, encoded[0]) and torch.equal(out.patch_ids, encoded[1])
+    assert torch.allclose(out.recon, recon, atol=1e-5)
+    assert not recon.requires_grad and out.recon.requires_grad
+    tokenizer.train()
+    assert all(map(torch.equal, tokenizer.encode(images), encoded))
+    assert torch.equal(tokenizer.decode(*encoded), recon)
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(map(torch.equal, tokenizer.encode(images), found))
-    assert all(map(torch.equal, tokenizer.state_dict().values(), state.values()))
+        assert all(map(torch.equal, tokenizer.encode(images), encoded))
+    assert equal(tokenizer.state_dict(), state)
 
 
-def overfit(model: nn.Module, lr: float, steps: int, losses) -> list[float]:
+def modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def test_tokenizer_and_llama_keep_their_modes_also_after_an_error(monkeypatch):
+    tokenizer, llama = tiny(**DEMO).train(), tiny_llama(dropout=0.5).train()
+    tokenizer.encoder.eval()  # as a user may have frozen it
+    llama.blocks[0].eval()
+    before = modes(tokenizer), modes(llama)
+
+    g, p = tokenizer.encode(noise_images())
+    tokenizer.decode(g, p)
+    llama.generate(ids(2))
+    assert (modes(tokenizer), modes(llama)) == before
+
+    refused("ids", tokenizer.decode, g + 99, p)
+    refused("images", tokenizer.encode, noise_images().double())
+    refused("class ids", llama.generate, ids(2) + 99)
+    monkeypatch.setattr(hita.Llama, "step", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        llama.generate(ids(2))
+    assert (modes(tokenizer), modes(llama)) == before
+
+
+def train_one(tokenizer: hita.HitaTokenizer, images: Tensor, whole=None) -> Tensor:
+    """The gradients of a training step as one vector. whole: what to wrap the tokenizer with."""
+    def forward(images: Tensor) -> tuple[Tensor, Tensor]:
+        out = tokenizer(images)
+        return out.recon, out.codebook_loss
+
+    torch.manual_seed(5)
+    tokenizer.zero_grad()
+    images = images.clone().requires_grad_()  # as reentrant checkpoints need it
+    recon, loss = forward(images) if whole is None else whole(forward, images)
+    (hita.reconstruction_loss(images.detach(), recon) + loss).backward()
+    return torch.cat([p.grad.flatten() for p in tokenizer.parameters()])
+
+
+@pytest.mark.parametrize("changes", [{}, DEMO])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_tokenizer_has_the_same_gradients_where_activations_are_computed_twice(changes, reentrant):
+    tokenizer, images = tiny(**changes, dropout=0.5).train(), noise_images(4)
+    nn.init.normal_(tokenizer.decoder.conv_out.weight)  # so that all gradients are large
+    again = partial(checkpoint, use_reentrant=reentrant)
+    plain = train_one(tokenizer, images)
+
+    of_whole = train_one(tokenizer, images, whole=again)
+    for part in (tokenizer.encoder, tokenizer.extractor, tokenizer.fusion):
+        part.forward = partial(again, part.forward)
+    of_parts = train_one(tokenizer, images)
+
+    for grads in (of_whole, of_parts):
+        assert torch.allclose(grads, plain, rtol=1e-4, atol=1e-6)
+        assert F.cosine_similarity(grads, plain, dim=0).item() == approx(1, abs=1e-6)
+
+
+def test_tokenizer_gives_the_gradients_of_the_sum_of_two_forwards():
+    """Nothing that the first forward keeps for backward may be changed by the second."""
+    tokenizer = tiny(**DEMO, dropout=0.0).train()
+
+    def loss(images: Tensor) -> Tensor:
+        out = tokenizer(images)
+        return hita.reconstruction_loss(images, out.recon) + out.codebook_loss
+
+    parameters = list(tokenizer.parameters())
+    first, second = noise_images(4), noise_images(4)
+    apart = [torch.autograd.grad(loss(images), parameters) for images in (first, second)]
+
+    together = torch.autograd.grad(loss(first) + loss(second), parameters)
+
+    for a, b, sum_of_both in zip(*apart, together):
+        assert torch.allclose(a + b, sum_of_both, atol=1e-6, rtol=1e-4)
+
+
+def test_tokenizer_is_exported_and_compiled_as_one_graph():
+    tokenizer, images = tiny(**DEMO), noise_images()
+    encoded = tokenizer.encode(images)
+    recon = tokenizer.decode(*encoded)
+
+    class Encodes(nn.Module):
+        forward = tokenizer.encode
+
+    class Decodes(nn.Module):
+        forward = tokenizer.decode
+
+    encodes = torch.export.export(Encodes(), (images,)).module()
+    decodes = torch.export.export(Decodes(), encoded).module()
+    assert all(map(torch.equal, encodes(images), encoded))
+    assert torch.allclose(decodes(*encoded), recon, atol=1e-5)
+
+    # From another mode, too, which is afterwards what it was.
+    compiled = partial(torch.compile, fullgraph=True, backend="eager")
+    assert all(map(torch.equal, compiled(tokenizer.encode)(images), encoded))
+    assert torch.allclose(compiled(tokenizer.decode)(*encoded), recon, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def overfit(model: nn.Module, lr: float, steps: int, losses, after=lambda: None) -> list[float]:
     """The first of the losses after each step; their sum is minimised."""
-    optimizer, found = torch.optim.AdamW(model.parameters(), lr), []
+    optimizer, first = torch.optim.AdamW(model.parameters(), lr), []
     for _ in range(steps):
-        found.append(losses())
+        terms = losses()
         optimizer.zero_grad()
-        sum(found[-1]).backward()
+        sum(terms).backward()
         optimizer.step()
-    return [terms[0].item() for terms in found]
+        after()
+        first.append(terms[0].item())
+    return first
 
 
 def test_tokenizer_overfits_two_pictures_with_all_gradients_and_codebooks():
     tokenizer = tiny(dropout=0.0, revive_codes=True).train()
-    images = F.interpolate(torch.rand(2, 3, 4, 4) * 2 - 1, 16)
+    images = F.interpolate(noise_images(2, 4, 4), 16)
+    out = None
 
     def losses():
+        nonlocal out
         out = tokenizer(images)
         return hita.reconstruction_loss(images, out.recon), out.codebook_loss
 
-    rec = overfit(tokenizer, 3e-3, 120, losses)
+    rec = overfit(tokenizer, 3e-3, 120, losses, after=lambda: tokenizer.revive(out))
+
     assert rec[-1] < 0.3 * rec[0]
     assert all(p.grad is not None and p.grad.any() for p in tokenizer.parameters())
     decode, (_, g, p) = tiny().decode, tiny_ids()
@@ -432,73 +715,117 @@ def test_tokenizer_overfits_two_pictures_with_all_gradients_and_codebooks():
     assert (decode(g, p) - decode(g, p.flip(0))).abs().max() > 0.01
 
 
-def test_tokenizer_takes_other_sizes_and_says_what_it_cannot_take():
-    tokenizer, wide = tiny(), torch.randn(1, 3, 16, 32) / 4
+def test_tokenizer_takes_other_sizes():
+    tokenizer, wide = tiny(), noise_images(1, 16, 32)
     assert tokenizer(torch.zeros(1, 3, 24, 24)).recon.shape == (1, 3, 24, 24)
     g, p = tokenizer.encode(wide)
     assert torch.allclose(tokenizer.decode(g, p, grid=(4, 8)), tokenizer(wide).recon, atol=1e-5)
-    for wrong in ((g, p[:, :-1]), (g[:, 1:], p), (g + 99, p), (g, p - 99), (g.float(), p),
-                  (g, p.int()), (g, p[0]), (g.repeat(2, 1), p), (None, p), (g, p.tolist()),
-                  (g.tolist(), p), (g, p, (-4, -8)), (g, p, (32,)), (g, p, (4.0, 8.0)),
-                  (g, p[:, :0], (0, 0))):
-        refused("ids", tokenizer.decode, *wrong[:2], grid=(wrong + ((4, 8),))[2])
-    for images, message in (
-            (Image.new("RGB", (16, 16)), "load_picture"), ("cat.jpg", "load_picture"),
-            (ids(1, 3, 16, 16).byte(), "127.5"), (torch.full((1, 3, 16, 16), 200.0), "200"),
-            (torch.zeros(3, 16, 16), r"\(B, 3, H, W\)"),
-            (torch.zeros(1, 3, 16, 18), "n x 4"), (torch.zeros(0, 3, 16, 16), "n x 4"),
-            (torch.zeros(1, 3, 16, 16).double(), "float64.*float32")):
-        refused(message, tokenizer.encode, images)
-    with pytest.warns(UserWarning, match="2 \\* x - 1"):
-        tokenizer.encode(torch.rand(1, 3, 16, 16))
+
     positions = torch.arange(16.0).reshape(1, 16, 1)  # are read row by row
     assert hita.resize_positions(positions, 4, 4) is positions
     wide = hita.resize_positions(positions, 4, 8).reshape(4, 8)
-    assert (wide.diff(dim=1) > 0).all() and wide.diff(dim=0).mean() == approx(4, abs=0.2)
+    assert (wide.diff(dim=1) > 0).all()
+    assert wide.diff(dim=0).mean() == approx(4, abs=0.2)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tokenizer_works_in_half_precision(dtype, small_dino):
-    """Codes are always chosen in float32, what leads to them and back is not."""
-    tokenizer, images = tiny(dino=VIT, dino_dim=384), torch.rand(2, 3, 16, 16) * 2 - 1
+def test_tokenizer_decodes_its_own_grid_a_square_with_a_warning_and_any_other_if_told(recwarn):
+    tokenizer, g = tiny(), ids(2, 6)
+    assert tokenizer.decode(g, ids(2, 16)).shape == (2, 3, 16, 16)
+    assert tokenizer.decode(g, ids(2, 36), grid=(6, 6)).shape == (2, 3, 24, 24)
+    assert tokenizer.decode(g, ids(2, 16), grid=(2, 8)).shape == (2, 3, 8, 32)
+    assert not recwarn.list
+
+    with pytest.warns(UserWarning, match="6 x 6.*grid") as warned:
+        assert tokenizer.decode(g, ids(2, 36)).shape == (2, 3, 24, 24)
+    assert warned[0].filename == __file__  # it points to the caller
+    refused("32 patch ids.*grid=", tokenizer.decode, g, ids(2, 32))
+    for grid in ((4, 8), (-4, -4), (16,)):
+        refused("grid", tokenizer.decode, g, ids(2, 16), grid=grid if grid != (16,) else (16, 2))
+
+
+def test_tokenizer_says_what_it_cannot_take():
+    tokenizer, g, p = tiny(), ids(1, 6), ids(1, 16)
+    for wrong in ((g[:, 1:], p), (g + 99, p), (g, p - 99), (g.float(), p), (g, p.int()), (g, p[0]),
+                  (g.repeat(2, 1), p)):
+        refused("ids", tokenizer.decode, *wrong)
+    for images, message in (
+            (ids(1, 3, 16, 16).byte(), "127.5"), (torch.full((1, 3, 16, 16), 200.0), "200"),
+            (torch.full((1, 3, 16, 16), torch.nan), "nan"),
+            (torch.zeros(3, 16, 16), r"\(B, 3, H, W\)"), (torch.zeros(1, 3, 16, 18), "4"),
+            (torch.zeros(1, 3, 16, 16).double(), "float64.*float32")):
+        refused(message, tokenizer.encode, images)
+    with pytest.warns(UserWarning, match="2 \\* x - 1") as warned:
+        tokenizer.encode(torch.rand(1, 3, 16, 16))
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize("name", [
+    "encoder.conv_in.weight", "extractor.queries", "patch_down.weight", "global_down.bias"])
+def test_tokenizer_with_a_nan_among_its_weights_is_refused(name):
+    tokenizer = tiny()
+    tokenizer.get_parameter(name).data.flatten()[0] = torch.nan
+    refused("finite", tokenizer.encode, noise_images())
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.06), (torch.float16, 0.01)])
+def test_tokenizer_works_in_half_precision(dtype, limit, small_dino):
+    """Codes are always chosen in float32, what leads to them and back is not.
+
+    The root mean square of the error is limited to a share of the deviation of the picture. Over
+    40 seeds it was at most 0.028 in bfloat16 and 0.0031 in float16, in torch 2.6 and 2.14, and at
+    least 0.90 of the ids stayed. The largest error of a picture is not a good measure: in bfloat16
+    it was from 0.03 to 0.25."""
+    tokenizer, images = tiny(dino=VIT, dino_dim=384), noise_images()
     tokenizer.attach_dino(small_dino)
-    found = tokenizer.encode(images)
-    expected = tokenizer.decode(*found)
+    encoded = tokenizer.encode(images)
+    expected = tokenizer.decode(*encoded)
+
     tokenizer.to(dtype)
-    assert all((a == b).float().mean() > 0.5
-               for a, b in zip(tokenizer.encode(images.to(dtype)), found))
-    recon = tokenizer.decode(*found)
-    assert recon.dtype == dtype and (recon - expected).abs().max() < 0.1 * expected.std()
+
+    for half, full in zip(tokenizer.encode(images.to(dtype)), encoded):
+        assert (half == full).float().mean() > 0.75
+    recon = tokenizer.decode(*encoded)
+    assert recon.dtype == dtype
+    assert (recon - expected).square().mean().sqrt() < limit * expected.std()
     refused("float32.*float16", tokenizer.encode, images)
 
 
 # ---- DINOv2 and losses -------------------------------------------------------
 
-def test_dino_is_frozen_in_no_checkpoint_and_shown_blurred_pictures(small_dino):
+def test_dino_is_frozen_and_in_no_checkpoint(small_dino):
     tokenizer = tiny(dino=VIT, dino_dim=384, vfm_recon=True, dropout=0.0)
-    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    images = noise_images(1)
     refused("add_dino", tokenizer.encode, images)
-    plain = len(list(tokenizer.parameters())), set(tokenizer.state_dict())
-    tokenizer.attach_dino(small_dino)
-    assert (len(list(tokenizer.parameters())), set(tokenizer.state_dict())) == plain
+    names = [name for name, _ in tokenizer.named_parameters()], set(tokenizer.state_dict())
+
+    tokenizer.attach_dino(small_dino.train())
     out = tokenizer.train()(images)
     (out.recon.sum() + out.feature_loss).backward()
-    assert not small_dino.training and all(p.grad is None for p in small_dino.parameters())
+
+    assert names == ([n for n, _ in tokenizer.named_parameters()], set(tokenizer.state_dict()))
+    assert not small_dino.training
+    assert all(p.grad is None for p in small_dino.parameters())
     assert tokenizer.extractor.dino_proj[0].weight.grad.abs().sum() > 0
     codes = tokenizer.global_quantizer.lookup(out.global_ids)
     features = tokenizer.fusion.reconstruct_features(tokenizer.global_up(codes), 4)
-    tokens = small_dino(images)
-    cosine = F.cosine_similarity(tokens[:, 1:], features, dim=-1)
+    cosine = F.cosine_similarity(small_dino(images)[:, 1:], features, dim=-1)
     assert out.feature_loss.item() == approx(1 - cosine.mean().item(), abs=1e-5)
-    full = small_dino.vit.forward_features(small_dino.preprocess(images))
-    assert torch.equal(tokens[:, 0], full[:, 0]) and torch.equal(tokens[:, 1:], full[:, 5:])
-    refused("384", tiny(dino=VIT, dino_dim=8).attach_dino, small_dino)
-    x = torch.linspace(-1, 1, 8)[None, None, :, None].expand(1, 3, 8, 8)
-    y = small_dino.preprocess(x)  # a ramp stays a ramp: the corners are aligned
+
+
+def test_dino_is_shown_blurred_pictures_with_aligned_corners_and_has_no_registers(small_dino):
+    images = noise_images(1)
+    tokens = small_dino(images)
+    every = small_dino.vit.forward_features(small_dino.preprocess(images))
+    assert torch.equal(tokens[:, 0], every[:, 0])
+    assert torch.equal(tokens[:, 1:], every[:, 5:])
+
+    ramp = torch.linspace(-1, 1, 8)[None, None, :, None].expand(1, 3, 8, 8)
+    y = small_dino.preprocess(ramp)
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
     assert torch.allclose(y[0, :, 0, 0], (0 - mean) / std, atol=1e-4)
     assert torch.allclose(y[0, :, -1, 0], (1 - mean) / std, atol=1e-4)
     assert y[0, 0, 3, 0] > y[0, 0, 0, 0] + 0.15  # at once: no border of half a pixel
+
     noise = torch.randn(1, 3, 168, 168).clamp(-1, 1)
     blurred, plain = small_dino.preprocess(noise), small_dino.preprocess(noise[..., :56, :56])
     assert blurred.std() < 0.5 * plain.std()  # a blur precedes shrinking
@@ -507,24 +834,58 @@ def test_dino_is_frozen_in_no_checkpoint_and_shown_blurred_pictures(small_dino):
 
 
 def test_dino_is_the_same_from_the_original_file_and_from_timms(vit_file, tmp_path):
-    """The original has a position for the cls token, too, which timm has added already."""
+    """The original has a position for the class token, too, which timm has added already."""
     weights = safetensors.torch.load_file(vit_file)
     cls_position = torch.randn(1, 1, 384)
-    positions = torch.cat([cls_position, weights["pos_embed"]], dim=1)
-    original = {k: v for k, v in weights.items() if k != "reg_token"} | {
+    original = {name: x for name, x in weights.items() if name != "reg_token"}
+    original |= {
         "mask_token": torch.zeros(1, 384), "register_tokens": weights["reg_token"],
-        "cls_token": weights["cls_token"] - cls_position, "pos_embed": positions}
+        "cls_token": weights["cls_token"] - cls_position,
+        "pos_embed": torch.cat([cls_position, weights["pos_embed"]], dim=1)}
     torch.save(original, tmp_path / "original.pth")
-    dinos = [hita.DINOv2(VIT, file) for file in (vit_file, tmp_path / "original.pth")]
+
+    theirs, timms = hita.DINOv2(VIT, tmp_path / "original.pth"), hita.DINOv2(VIT, vit_file)
+
     x = torch.rand(1, 3, 32, 32)
-    assert torch.allclose(dinos[0](x), dinos[1](x), atol=1e-3)
+    assert torch.allclose(theirs(x), timms(x), atol=1e-3)
     table = weights["pos_embed"].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
     table = F.interpolate(table, (16, 16), mode="bicubic", antialias=True)  # as DINOv2 does
-    assert torch.allclose(dinos[1].vit.pos_embed, table.flatten(2).transpose(1, 2), atol=1e-5)
+    assert torch.allclose(theirs.vit.pos_embed, table.flatten(2).transpose(1, 2), atol=1e-5)
+
+
+def test_dino_that_cannot_be_had_or_does_not_fit_is_refused(vit_file):
     refused("--dino-file", hita.DINOv2, VIT, ROOT / "hita.py")
+    typo = "vit_smal_patch14_reg4_dinov2"
+    with pytest.raises(Exception) as timms:
+        timm.create_model(typo)
+    timms_line = str(timms.value).splitlines()[0]
+    assert timms_line in refused(typo, hita.DINOv2, typo, pretrained=False)
+    refused("no class token", hita.DINOv2, "vit_relpos_small_patch16_224", pretrained=False)
+    refused("--dino-dim 384", hita.add_dino, tiny(dino=VIT, dino_dim=8), vit_file)
 
 
-def test_losses_have_their_values_and_the_perceptual_one_a_gradient():
+def test_other_frozen_features_may_take_the_place_of_dino():
+    class Corners(nn.Module):
+        """A token for the picture and four for its quarters, of 3 channels."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, images: Tensor) -> Tensor:
+            parts = [F.adaptive_avg_pool2d(images, n).flatten(2).mT for n in (1, 2)]
+            return self.scale * torch.cat(parts, dim=1)
+
+    tokenizer, images = tiny(dino="corners", dino_dim=3, vfm_recon=True), noise_images()
+    corners = Corners().train()
+    tokenizer.attach_dino(corners)
+    out = tokenizer.train()(images)
+    assert 0 < out.feature_loss.item() < 2
+    assert not corners.training and not corners.scale.requires_grad
+    assert tokenizer.encode(images)[0].shape == (2, 6)
+
+
+def test_losses_have_their_values():
     real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
     assert hita.discriminator_loss(real, fake).item() == approx(0.5 * (0.5 + 1.0))
     expected = (np.log(2) + np.log1p(np.exp(-5))) / 2
@@ -532,18 +893,27 @@ def test_losses_have_their_values_and_the_perceptual_one_a_gradient():
     x = torch.zeros(2, 3, 4, 4)
     assert hita.reconstruction_loss(x, x + 0.5).item() == approx(0.5)  # 2 * 0.25
     assert hita.psnr(x, x + 0.2).tolist() == approx([20.0, 20.0])  # 10 log10(4 / 0.04)
+
     recipe, zero = train_tokenizer.Training(gan_weight=0.1, lpips_weight=0.2), torch.zeros(())
-    out = hita.TokenizerOutput(x + 0.5, zero, None, ids(2, 6), ids(2, 16))
-    terms = train_tokenizer.generator_losses(x, out, recipe, lambda x, y: zero + 1, lambda x: zero)
-    assert {name: term.item() for name, term in terms.items()} == approx(
+    out = hita.TokenizerOutput(x + 0.5, zero, None, ids(2, 6), ids(2, 16), zero, zero)
+    terms = train_tokenizer.generator_losses(
+        x, out, recipe, perceptual=lambda x, y: zero + 1, critic=lambda x: zero)
+    values = {name: term.item() for name, term in terms.items()}
+    assert values == approx(
         {"rec": 0.5, "codebook": 0.0, "lpips": 0.2, "adv": 0.1 * np.log(2)})
+    assert train_tokenizer.generator_losses(x, out, recipe, None, None).keys() == {
+        "rec", "codebook"}
+
+
+def test_losses_of_perception_have_a_finite_gradient():
     loss = hita.PerceptualLoss(pretrained=False)
-    x, y = torch.rand(2, 1, 3, 32, 32) * 2 - 1
-    y.requires_grad_()
+    x, y = noise_images(1, 32, 32), noise_images(1, 32, 32).requires_grad_()
     first = loss(x, y)
     first.backward()
-    assert torch.equal(first, loss(x, y)) and y.grad.abs().sum() > 0
+    assert torch.equal(first, loss(x, y))
+    assert y.grad.abs().sum() > 0
     assert all(p.grad is None for p in loss.parameters())
+
     flat = torch.zeros(1, 4, 2, 2, requires_grad=True)  # features may all be 0
     lpips.normalize_tensor(flat).sum().backward()
     assert flat.grad.isfinite().all()
@@ -556,8 +926,8 @@ def logits_of_steps(llama: hita.Llama, *args, **how) -> tuple:
     seen = []
     for head in heads(llama):
         head.register_forward_hook(lambda module, args, out: seen.append(out))
-    found = torch.cat(llama.generate(*args, **how), dim=1)
-    return torch.stack(seen, dim=1).float(), found
+    drawn = together(llama.generate(*args, **how))
+    return torch.stack(seen, dim=1).float(), drawn
 
 
 @pytest.mark.parametrize("changes", [
@@ -565,49 +935,121 @@ def logits_of_steps(llama: hita.Llama, *args, **how) -> tuple:
 def test_llama_cached_steps_equal_the_full_forward(changes):
     """Also at M - 1, M and M + 1, where table, head and positions change."""
     llama, class_ids = tiny_llama(**changes), torch.tensor([1, 4])
-    cached, found = logits_of_steps(llama, class_ids, top_k=1)
-    kinds = found.split([llama.cfg.num_global, llama.cfg.grid ** 2], dim=1)
-    full = torch.cat(llama(class_ids, *kinds), dim=1)
-    assert torch.allclose(cached, full, atol=1e-4) and torch.equal(full.argmax(-1), found)
+
+    cached, drawn = logits_of_steps(llama, class_ids, top_k=1)
+
+    kinds = drawn.split([llama.cfg.num_global, llama.cfg.grid ** 2], dim=1)
+    full = together(llama(class_ids, *kinds))
+    assert torch.allclose(cached, full, atol=1e-4)
+    assert torch.equal(full.argmax(dim=-1), drawn)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(num_global=0)])
 @pytest.mark.parametrize("released", [False, True])
 def test_llama_reads_given_tokens_at_once(changes, released):
     llama, class_ids = tiny_llama(**changes), torch.arange(5)
-    draw = lambda given: torch.cat(llama.generate(
-        class_ids, 2.0, top_k=1, given=given, released_sampling=released), dim=1)
-    found = draw(None)
-    for length in (0, 1, 5, 6, 7, found.shape[1] - 1, found.shape[1]):
-        assert torch.equal(draw(found[:, :length]), found)
-    for given in (found.float(), found[:4], found[0], found.repeat(1, 2), found + 99, -found - 1,
-                  found.tolist()):
-        refused("given", draw, given)
-    for wrong in (207, ["flag"], ids(1) + 5, ids(1) - 1, ids(1) + 0.5, ids() + 1, ids(0)):
+
+    def complete(given):
+        return together(llama.generate(
+            class_ids, 2.0, top_k=1, given=given, released_sampling=released))
+
+    whole = complete(None)
+    for length in (0, 1, 5, 6, 7, whole.shape[1] - 1, whole.shape[1]):
+        assert torch.equal(complete(whole[:, :length]), whole)
+    for given in (whole.float(), whole[:4], whole.repeat(1, 2), whole + 99, -whole - 1):
+        refused("given", complete, given)
+
+
+@pytest.mark.parametrize("name, values", [
+    ("temperature", (-1.0, float("nan"))), ("top_k", (-1,)),
+    ("top_p", (-0.1, 1.1, float("nan"))), ("cfg_scale", (-1.0, float("nan")))])
+def test_llama_refuses_settings_that_would_draw_nonsense(name, values):
+    llama = tiny_llama()
+    for value in values:
+        refused(f"{name} is {value}", llama.generate, ids(2), **{name: value})
+
+
+def test_llama_refuses_classes_and_arguments_that_there_are_not():
+    llama = tiny_llama()
+    for wrong in (ids(1) + 5, ids(1) - 1, ids(1) + 0.5, ids(1, 1)):
         refused("class ids", llama.generate, wrong)
-    for name, values in dict(seed=(-1, None), top_k=(None, 2.5), top_p=(-0.1, 1.1, "1"),
-                             temperature=(-1, float("nan")), cfg_scale=(-1, float("nan"))).items():
-        for value in values:
-            refused(f"{name} is {value}", llama.generate, class_ids, **{name: value})
+    with pytest.raises(TypeError, match="topk"):
+        llama.generate(ids(2), topk=5)
+    refused("random is", llama.generate, ids(2), random=torch.rand(2, 3))
+    scale = torch.ones(22)
+    scale[3] = torch.nan
+    refused("cfg_scale", llama.generate, ids(2), scale)
 
 
-def test_llama_compiles_as_a_whole_and_keeps_its_cache_only_then(monkeypatch):
+def test_llama_without_dropped_classes_cannot_be_guided():
+    llama = tiny_llama(class_dropout=0.0)
+    refused("class_dropout 0", llama.generate, ids(2), 2.0)
+    refused("class_dropout 0", llama.generate, ids(2), torch.ones(22))
+    assert llama.generate(ids(2), 1.0)[1].shape == (2, 16)
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "patch_head.weight", "blocks.1.qkv.weight"])
+def test_llama_with_a_nan_among_its_weights_is_refused(name):
+    llama = tiny_llama()
+    llama.get_parameter(name).data.flatten()[0] = torch.nan
+    for how in ({}, dict(top_k=1), dict(cfg_scale=2.0, top_p=0.9)):
+        refused("finite", llama.generate, ids(2), **how)
+
+
+def test_llama_draws_alike_in_all_modes_and_anew_without_a_seed():
+    llama, class_ids = tiny_llama(dropout=0.5, token_dropout=0.5, class_dropout=0.5), ids(3)
+
+    def draw(**how):
+        return together(llama.generate(class_ids, **how))
+
+    drawn = draw(seed=1)
+    assert torch.equal(llama.train() and draw(seed=1), drawn)
+    torch.manual_seed(7)
+    first, second = draw(), draw()
+    assert not torch.equal(first, second)
+    torch.manual_seed(7)
+    assert torch.equal(draw(), first)
+    assert torch.equal(draw(random=hita.random_numbers(class_ids, 22, seed=1)), drawn)
+
+
+def test_llama_compiles_as_a_whole_and_draws_in_many_threads():
     llama, class_ids = tiny_llama(), torch.arange(5)
-    draw = lambda seed: torch.cat(llama.generate(class_ids, 2.0, seed=seed), dim=1)
-    expected, step = [draw(seed) for seed in range(8)], llama.step
+
+    def draw(seed: int, scale=2.0) -> Tensor:
+        return together(llama.generate(class_ids, scale, seed=seed))
+
+    growing = torch.linspace(1.0, 4.0, 22)
+    expected, grown, step = [draw(seed) for seed in range(8)], draw(0, growing), llama.step
+
+    torch._dynamo.reset()
     llama.step = torch.compile(step, backend="eager", fullgraph=True)
     assert torch.equal(draw(0), expected[0])
+    assert torch.equal(draw(0, growing), grown)
+
     llama.step = step
     with torch.inference_mode():
         assert torch.equal(draw(0), expected[0])
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         assert all(map(torch.equal, pool.map(draw, range(8)), expected))
-    llama.empty_caches = made = Mock(wraps=llama.empty_caches)
+
+
+def test_llama_keeps_one_set_of_caches_if_compiled_and_none_else(monkeypatch):
+    llama, class_ids = tiny_llama(), torch.arange(5)
+
+    def draw(batch: int = 5) -> Tensor:
+        return together(llama.generate(class_ids[:batch], 2.0, seed=1))
+
+    expected = draw()
+    assert llama.kept_caches is None
     monkeypatch.setattr(torch, "compile", lambda step, **how: step)
     llama.compile_step()
     with torch.inference_mode():
-        draw(0)
-    assert torch.equal(draw(1), expected[1]) and made.call_count == 1
+        draw()
+    kept = llama.kept_caches
+    assert torch.equal(draw(), expected) and llama.kept_caches is kept
+    draw(batch=2)
+    assert len(llama.kept_caches) == 2 and llama.kept_caches[0][0].shape[0] == 4
+    assert not any("cache" in name for name in llama.state_dict())
 
 
 @CUDA
@@ -619,56 +1061,122 @@ def test_llama_on_cuda_draws_what_the_cpu_draws(V, compiled):
     torch._dynamo.reset()  # what was compiled before counts towards a limit
     llama = tiny_llama(global_codebook_size=V, patch_codebook_size=V)
     class_ids = torch.arange(64) % 5
-    draw = lambda model, **how: torch.cat(model.generate(
-        class_ids.to(model.norm.weight.device), 2.0, seed=1, **how), dim=1).cpu()
-    expected = draw(llama)
+
+    def draw(**how) -> Tensor:
+        device = llama.norm.weight.device
+        return together(llama.generate(class_ids.to(device), 2.0, seed=1, **how)).cpu()
+
+    expected = draw()
     llama.cuda()
     if compiled:
         llama.compile_step()
     for _ in range(2):  # compiled and recorded, then launched only
-        same = (draw(llama) == expected).float().mean()  # after a near-tie all goes another way
+        same = (draw() == expected).float().mean()  # after a near-tie all goes another way
         assert same > (0.95 if V == 32 else 0.5)
     given = expected[:, :8].cuda()
-    assert torch.equal(draw(llama, given=given)[:, :8], expected[:, :8])
-    for p in llama.parameters():
-        p.data = p.data.bfloat16()
-    assert draw(llama, top_k=100, top_p=0.9).max() < V
+    assert torch.equal(draw(given=given)[:, :8], expected[:, :8])
+    llama.bfloat16()
+    assert draw(top_k=100, top_p=0.9).max() < V
 
 
-def test_llama_guides_and_draws_a_picture_alike_whatever_is_made_beside_it():
+def test_llama_in_bfloat16_keeps_its_rotations_exact():
+    llama = tiny_llama()
+    cos, sin = hita.position_rotations(6, 4, 8)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
+        llama.to(dtype)
+        rotations = llama.rotation_bits.view(torch.float32)
+        assert torch.equal(rotations[0], cos) and torch.equal(rotations[1], sin)
+    assert llama.bfloat16().generate(ids(2))[1].shape == (2, 16)
+
+
+def test_llama_is_guided_away_from_what_it_says_without_the_class():
     llama, class_ids = tiny_llama(), torch.arange(5)
-    draw = lambda scale: torch.cat(llama.generate(class_ids, scale, seed=1), 1)
-    assert torch.equal(draw(1.0), draw(1.0 + 1e-7)) and not torch.equal(draw(1.0), draw(5.0))
-    unconditional = draw(0.0)  # scale 0 forgets the class
+
+    def draw(scale) -> Tensor:
+        return together(llama.generate(class_ids, scale, seed=1))
+
+    assert torch.equal(draw(1.0), draw(1.0 + 1e-7))
+    assert not torch.equal(draw(1.0), draw(5.0))
+    unconditional = draw(0.0)  # forgets the class
     llama.class_embedding.weight.data[:5] += 1
     assert torch.equal(unconditional, draw(0.0))
-    logits, found = logits_of_steps(llama, class_ids, 3.0, top_k=1)
+
+    logits, drawn = logits_of_steps(llama, class_ids, 3.0, top_k=1)
     cond, uncond = logits.chunk(2)  # (B, M + N, V) each
-    assert torch.equal(found, (3 * cond - 2 * uncond).argmax(-1))
-    draw = lambda *classes, seed=3: torch.cat(
-        llama.generate(torch.tensor(classes), 2.0, 1.0, 10, 0.9, seed=seed), dim=1)
+    assert torch.equal(drawn, (3 * cond - 2 * uncond).argmax(dim=-1))
+
+
+def test_llama_takes_guidance_of_each_position():
+    llama, class_ids = tiny_llama(), torch.arange(5)
+    constant = torch.full((22,), 3.0)
+    for scale in (3.0, constant):
+        drawn = together(llama.generate(class_ids, scale, seed=1))
+        assert torch.equal(drawn, together(llama.generate(class_ids, 3.0, seed=1)))
+
+    # 1 at a position is this position without guidance; 2 + p / 10 grows.
+    scale = 2 + torch.arange(22) / 10
+    scale[[4, 9]] = 1.0
+    logits, drawn = logits_of_steps(llama, class_ids, scale, top_k=1)
+    cond, uncond = logits.chunk(2)  # (B, M + N, V) each
+    guided = uncond + scale[:, None] * (cond - uncond)
+    assert torch.equal(drawn, guided.argmax(dim=-1))
+    assert torch.equal(drawn[:, [4, 9]], cond[:, [4, 9]].argmax(dim=-1))
+
+
+def test_llama_draws_a_picture_alike_whatever_is_made_beside_it():
+    llama = tiny_llama()
+
+    def draw(*classes: int, seed: int = 3) -> Tensor:
+        how = dict(temperature=1.0, top_k=10, top_p=0.9)
+        return together(llama.generate(torch.tensor(classes), 2.0, seed=seed, **how))
+
     many = draw(4, 1, 4, 2, 4, 1)
-    assert torch.equal(draw(4, 4, 4), many[[0, 2, 4]]) and torch.equal(draw(1, 1), many[[1, 5]])
-    assert torch.equal(draw(2), many[3:4]) and not torch.equal(draw(2, seed=4), many[3:4])
-    assert len(draw(4, 4, 4).unique(dim=0)) == 3 and many.min() >= 0 and many.max() < 32
+    assert torch.equal(draw(4, 4, 4), many[[0, 2, 4]])
+    assert torch.equal(draw(1, 1), many[[1, 5]])
+    assert torch.equal(draw(2), many[3:4])
+    assert not torch.equal(draw(2, seed=4), many[3:4])
+    assert len(draw(4, 4, 4).unique(dim=0)) == 3
+    assert many.min() >= 0 and many.max() < 32
 
 
-def test_llama_filters_and_draws_but_never_an_id_of_probability_0():
+def test_llama_filters_logits():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    kept = lambda **how: hita.filter_logits(logits, **how)[0].isfinite().nonzero()[:, 0].tolist()
-    assert kept() == [0, 1, 2, 3] and kept(top_k=2) == [0, 1]
-    assert [kept(top_p=p) for p in (0.4, 0.5, 0.9)] == [[0], [0, 1], [0, 1, 2]]  # one crosses
+
+    def kept(**how) -> list[int]:
+        return hita.filter_logits(logits, **how)[0].isfinite().nonzero()[:, 0].tolist()
+
+    assert kept() == [0, 1, 2, 3]
+    assert kept(top_k=2) == [0, 1]
+    # The one that exceeds p stays.
+    assert [kept(top_p=p) for p in (0.4, 0.5, 0.9)] == [[0], [0, 1], [0, 1, 2]]
     ties = hita.filter_logits(torch.tensor([[1.0, 1.0, 0.0]]), top_k=1)
-    assert ties[0].tolist() == [1, 1, -torch.inf]  # ties stay
+    assert ties[0].tolist() == [1, 1, -torch.inf]
     assert torch.allclose(hita.filter_logits(logits, temperature=0.5), 2 * logits)
-    cold = hita.filter_logits(logits, temperature=1e-45).softmax(-1)
+    cold = hita.filter_logits(logits, temperature=0.0).softmax(dim=-1)
     assert cold[0].tolist() == [1, 0, 0, 0]
+
+
+def test_llama_passes_a_new_filter_on(monkeypatch):
+    def filter_logits(logits: Tensor, min_p: float = 0.0) -> Tensor:
+        probs = logits.softmax(dim=-1)
+        return logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), -torch.inf)
+
+    monkeypatch.setattr(hita, "filter_logits", filter_logits)
+    llama = tiny_llama()
+    likeliest = llama.generate(ids(2), min_p=1.0)
+    assert all(map(torch.equal, likeliest, llama.generate(ids(2), min_p=1.0)))
+    assert not torch.equal(likeliest[1], llama.generate(ids(2), min_p=0.0)[1])
+
+
+def test_llama_never_draws_an_id_of_probability_0():
     for V in (1, 127, 128, 129, 16384):  # sums are taken in blocks
         probs = torch.rand(3, V).softmax(dim=-1)
         assert torch.allclose(hita.cumulative_sums(probs), probs.cumsum(dim=-1), atol=1e-5)
+
     probs = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]])
-    draw = lambda u: hita.draw(probs, torch.tensor([[u]])).item()
-    assert [draw(u) for u in (0.0, 0.29, 0.31, 1 - 2 ** -24)] == [1, 1, 3, 3]
+    drawn = [hita.draw(probs, torch.tensor([[u]])).item() for u in (0.0, 0.29, 0.31, 1 - 2 ** -24)]
+    assert drawn == [1, 1, 3, 3]
+
     many = torch.rand(256, 16384)
     many[:, 8192] = 0  # the first of a block: its sum may be rounded up
     many /= many.sum(dim=1, keepdim=True)
@@ -680,25 +1188,36 @@ def test_llama_filters_and_draws_but_never_an_id_of_probability_0():
 def test_llama_drops_class_labels_at_the_given_rate_while_training_only():
     llama, seen = tiny_llama(class_dropout=0.1), []
     llama.class_embedding.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+
     for training in (True, False):
         llama.train(training)(ids(2000), ids(2000, 6), ids(2000, 16))
-    dropped = [(labels == 5).float().mean().item() for labels in seen]
-    assert dropped == [approx(0.1, abs=0.03), 0]  # 4.5 standard deviations
+
+    dropped = (seen[0] == 5).float().mean().item()
+    assert dropped == approx(0.1, abs=0.03)  # 4.5 standard deviations
     assert not seen[1].any()
 
 
-def test_llama_overfits_and_its_evaluation_weighs_all_pictures_alike():
+def test_llama_overfits():
     config = dataclasses.replace(TINY_LLAMA, dropout=0.0, token_dropout=0.0, class_dropout=0.0)
     llama, (class_ids, g, p) = hita.Llama(config), tiny_ids(4)
-    found = overfit(llama, 1e-2, 150, lambda: [
+
+    losses = overfit(llama, 1e-2, 150, lambda: [
         sum(hita.llama_losses(*llama(class_ids, g, p), g, p))])
-    assert found[0] == approx(2 * np.log(32), abs=1e-4)  # zero heads: uniform
-    assert found[-1] < 0.7
-    llama, (class_ids, g, p) = tiny_llama(), tiny_ids(70)  # batches of 64 and 6
+
+    assert losses[0] == approx(2 * np.log(32), abs=1e-4)  # zero heads: uniform
+    assert losses[-1] < 0.7
+
+
+def test_llama_evaluation_weighs_all_pictures_alike():
+    llama, (class_ids, g, p) = tiny_llama(), tiny_ids(70)  # batches of 16 and one of 6
     rows = torch.cat([class_ids[:, None] + 1, g, p], dim=1).numpy()
-    found = train_ar.evaluate(llama, rows, torch.device("cpu"))
+
+    figures = train_ar.evaluate(llama, rows, torch.device("cpu"))
+
     expected = [loss.item() for loss in hita.llama_losses(*llama(class_ids, g, p), g, p)]
-    assert [found["val_global"], found["val_patch"]] == approx(expected, rel=1e-5)
+    assert [figures["val_global"], figures["val_patch"]] == approx(expected, rel=1e-5)
+    assert figures["val_picture"] == approx(6 * expected[0] + 16 * expected[1], rel=1e-5)
+    assert figures["guess_picture"] == approx(22 * np.log(32))
 
 
 def test_llama_released_sampling_embeds_the_last_global_as_a_patch():
@@ -707,7 +1226,7 @@ def test_llama_released_sampling_embeds_the_last_global_as_a_patch():
     x = llama.embed(class_ids, g[:, :-1], torch.cat([g[:, -1:], p[:, :-1]], dim=1))
     x = llama.backbone(x, torch.arange(22))
     logits = torch.cat([llama.global_head(x[:, :6]), llama.patch_head(x[:, 6:])], dim=1)
-    assert torch.equal(logits.argmax(-1), torch.cat([g, p], 1))
+    assert torch.equal(logits.argmax(dim=-1), torch.cat([g, p], dim=1))
     g2, p2 = llama.generate(class_ids, top_k=1)
     assert torch.equal(g, g2) and not torch.equal(p, p2)
 
@@ -722,8 +1241,17 @@ def fill(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def wave(*shape: int) -> torch.Tensor:
+def wave(*shape: int) -> Tensor:
     return (torch.arange(np.prod(shape)) * 0.37).sin().reshape(shape)
+
+
+def golden_ids() -> tuple:
+    return torch.tensor([1, 4]), *(torch.arange(2 * n).reshape(2, n) % 32 for n in (6, 16))
+
+
+def golden_tokenizer() -> list[Tensor]:
+    """Without the latents, which came to the output after the numbers were taken."""
+    return as_tensors(fill(tiny())(wave(2, 3, 16, 16)))[:-2]
 
 
 GOLDEN = {
@@ -731,20 +1259,19 @@ GOLDEN = {
     "extractor": (lambda: fill(hita.QueryExtractor(TINY_U))(
         wave(2, 16, 4, 4), wave(2, 257, 8)), 2.29967, 0.473899),
     "extractor without DINOv2": (lambda: fill(hita.QueryExtractor(TINY))(
-        wave(2, 16, 4, 4), None), 1.66395, -0.371092),
+        wave(2, 16, 4, 4), no_features()), 1.66395, -0.371092),
     "quantizer": (lambda: fill(hita.VectorQuantizer(32, 4))(wave(2, 9, 4)), 3.54454, 0.407916),
     "fusion": (lambda: fill(hita.Fusion(TINY))(
         wave(2, 6, 16), wave(2, 16, 16), (4, 4)), 2.3315, 0.32831),
     "fusion, feature branch": (lambda: fill(hita.Fusion(TINY_U)).reconstruct_features(
         wave(2, 6, 16), 8), 2.12484, -0.423527),
     "decoder": (lambda: fill(hita.Decoder(TINY))(wave(2, 16, 4, 4)), 0.570233, -0.014906),
-    "tokenizer": (lambda: vars(fill(tiny())(wave(2, 3, 16, 16))).values(), 1.24069, -0.521249),
+    "tokenizer": (golden_tokenizer, 1.24069, -0.521249),
     "discriminator": (lambda: fill(hita.PatchDiscriminator(8))(
         wave(1, 3, 64, 64)), 0.574994, -0.0305378),
-    "llama": (lambda: fill(tiny_llama())(torch.tensor([1, 4]), *(
-        torch.arange(2 * n).reshape(2, n) % 32 for n in (6, 16))), 0.701962, 0.723494),
-    "llama with 12 channels a head": (lambda: fill(tiny_llama(dim=24))(torch.tensor([1, 4]), *(
-        torch.arange(2 * n).reshape(2, n) % 32 for n in (6, 16))), 0.921629, 0.322565),
+    "llama": (lambda: fill(tiny_llama())(*golden_ids()), 0.701962, 0.723494),
+    "llama with 12 channels a head": (lambda: fill(tiny_llama(dim=24))(*golden_ids()),
+                                      0.921629, 0.322565),
 }
 
 
@@ -752,90 +1279,108 @@ GOLDEN = {
 def test_golden_numbers_of_tiny_components(component):
     """The mean magnitude, and a sum with signs, which moves when values change places."""
     call, magnitude, signed = GOLDEN[component]
-    out = call()
-    parts = [out] if isinstance(out, torch.Tensor) else [x for x in out if x is not None]
-    out = torch.cat([x.double().flatten() for x in parts])
+    out = torch.cat([x.double().flatten() for x in as_tensors(call())])
     waved = (out * (torch.arange(len(out)) * 0.61).cos()).sum() / len(out) ** 0.5
-    found = [out.abs().mean().item(), waved.item()]
-    assert found == approx([magnitude, signed], rel=1e-4, abs=1e-4)
+    assert [out.abs().mean().item(), waved.item()] == approx(
+        [magnitude, signed], rel=1e-4, abs=1e-4)
 
 
-# ---- checkpoints, released files, and prints, the trained pair in data/ -------
+# ---- checkpoints ---------------------------------------------------------------
 
 def save_tiny(folder: Path, tokenizer=None, llama=None) -> tuple:
     """A tokenizer and a Llama that belong together, as the scripts leave them."""
     tokenizer, llama = tokenizer or tiny(), llama or tiny_llama()
-    made_from = {"tokenizer": str(folder / "tokenizer.pt"),
-                 "tokenizer_hash": hita.fingerprint(tokenizer)}
+    own = {"config": vars(tokenizer.cfg), "ema": tokenizer.state_dict()}
     folder.mkdir(exist_ok=True)
-    for kind, model, facts in (
-            ("tokenizer", tokenizer, {}),
-            ("llama", llama, {"classes": list("abcde"), "made_from": made_from})):
-        data = {"kind": kind, "config": vars(model.cfg), "ema": model.state_dict(), **facts}
-        torch.save(data, folder / f"{kind}.pt")
+    torch.save({"kind": "tokenizer", **own}, folder / "tokenizer.pt")
+    torch.save({"kind": "llama", "config": vars(llama.cfg), "ema": llama.state_dict(),
+                "classes": list("abcde"), "tokenizer": own}, folder / "llama.pt")
     return tokenizer, llama
 
 
-def test_checkpoints_come_back_the_same_or_are_refused_and_the_old_stays(tmp_path, monkeypatch):
-    class Malicious:
-        __reduce__ = lambda self: (os.system, ("echo ran > ran.txt",))
+def test_checkpoints_come_back_the_same(tmp_path):
+    tokenizer, llama = save_tiny(tmp_path)
+    pair = hita.load(tmp_path / "llama.pt")
+    alone = hita.load_tokenizer(tmp_path / "tokenizer.pt"), hita.load_llama(tmp_path / "llama.pt")
+    for models in (pair, alone):
+        for loaded, model in zip(models, (tokenizer, llama)):
+            assert loaded.cfg == model.cfg and not loaded.training
+            assert equal(loaded.state_dict(), model.state_dict())
+    assert pair[1].classes == list("abcde")
 
+    save_tiny(tmp_path / "other", tiny(num_global=5), tiny_llama(num_global=5))
+    refused("num_global is 5 .* 6 .*belong together", hita.load, tmp_path / "llama.pt",
+            tmp_path / "other/tokenizer.pt")
+
+
+class Malicious:
+    """Unpickled, this would run a command."""
+
+    def __reduce__(self):
+        return os.system, ("echo ran > ran.txt",)
+
+
+def test_checkpoints_that_are_none_or_do_not_fit_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for model, kind in zip(save_tiny(tmp_path), ("tokenizer", "llama")):
-        found = hita.load_model(f"{kind}.pt", kind)
-        assert found.cfg == model.cfg and not found.training
-        assert all(map(torch.equal, found.state_dict().values(), model.state_dict().values()))
-    assert hita.load_llama("llama.pt").classes == list("abcde")
-    Path("cut.pt").write_bytes(Path("llama.pt").read_bytes()[:1000])
+    save_tiny(tmp_path)
     good = torch.load("llama.pt")
-    ema, config = good["ema"], good["config"]
-    for name, content, message in (
-            ("nothing.pt", None, "train_ar.py"), ("cut.pt", None, "no checkpoint"),
-            ("tokenizer.pt", None, "holds a tokenizer"),
-            ("x.pt", {"ema": {}, "args": Malicious()}, "safely"),
-            ("x.pt", {**good, "config": {"colour": "red"}}, "another version: .*colour"),
-            ("x.pt", {**good, "config": config | dict(dim="wide")}, "another version: .*wide"),
-            *(("x.pt", x, "no checkpoint") for x in ([1], {"ema": [1]}, {0: 1}, {"kind": "llama"})),
-            ("x.pt", {"model": torch.ones(2), "some": 1}, "no checkpoint"),
-            ("x.pt", {**good, "config": config | dict(heads=-1)}, "heads"),
-            ("x.pt", {**good, "ema": {"extra": torch.zeros(1), **ema}}, "extra"),
-            ("x.pt", {**good, "ema": {**ema, "norm.weight": torch.zeros(3)}}, "norm.weight"),
-            ("x.pt", {**good, "ema": {k: ema[k] for k in list(ema)[:-1]}}, list(ema)[-1])):
-        if content:
-            torch.save(content, name)
-        refused(message, hita.load_llama, name)
+    ema = good["ema"]
+    last = list(ema)[-1]
+    Path("cut.pt").write_bytes(Path("llama.pt").read_bytes()[:1000])
+    refused("train_ar.py", hita.load_llama, "nothing.pt")
+    refused("read safely", hita.load_llama, "cut.pt")
+    refused("holds a tokenizer", hita.load_llama, "tokenizer.pt")
+
+    for content, message in (
+            ({"ema": {}, "args": Malicious()}, "safely"), ([1], "no checkpoint"),
+            ({"ema": [1]}, "no checkpoint"), ({"model": torch.ones(2)}, "no checkpoint"),
+            ({**good, "ema": {"extra": torch.zeros(1), **ema}}, "x.pt does not fit.*extra"),
+            ({**good, "ema": {**ema, "norm.weight": torch.zeros(3)}}, "norm.weight"),
+            ({**good, "ema": {name: ema[name] for name in ema if name != last}}, last)):
+        torch.save(content, "x.pt")
+        refused(message, hita.load_llama, "x.pt")
     assert not Path("ran.txt").exists()
 
-    def full_disk(data, f):
-        f.write(b"half a")
-        raise OSError("No space left on device")
 
-    for name in ("x.tmp", "llama.pt.tmp"):  # of someone else
-        Path(name).touch()
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(torch, "save", full_disk)
-    refused("No space left", hita.write_file, Path("llama.pt"), lambda f: torch.save(good, f))
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+@pytest.mark.parametrize("error", [OSError, RuntimeError])  # torch raises the second
+def test_checkpoints_stay_whole_where_a_disk_is_full(error, tmp_path):
+    def write(file):
+        file.write(b"half a")
+        raise error("No space left on device")
+
+    path = tmp_path / "llama.pt"
+    path.write_bytes(b"the old one")
+    (tmp_path / "x.part").touch()  # of someone else
+
+    refused("llama.pt .*No space left", hita.write_file, path, write)
+
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
+        "llama.pt": b"the old one", "x.part": b""}
 
 
-def test_a_llama_finds_its_tokenizer_by_the_hash_of_the_weights(tmp_path):
-    tokenizer, _ = save_tiny(tmp_path / "a")
-    save_tiny(tmp_path / "b", tiny(k=1))
-    made_from = hita.load_llama(tmp_path / "a/llama.pt").made_from
-    right, wrong = str(tmp_path / "a/tokenizer.pt"), str(tmp_path / "b/tokenizer.pt")
-    find = lambda *places: hita.find_tokenizer(made_from, *places)
-    for places in ((None, wrong), (right, wrong)):
-        path, found = find(*places)
-        assert path == right and torch.equal(found.patch_up.weight, tokenizer.patch_up.weight)
-    for flag in (wrong, "typo.pt"):
-        refused(f"{flag} .*not .*this Llama's.*--tokenizer", find, flag, wrong)
-    (tmp_path / "a").rename(tmp_path / "moved")  # the whole directory went elsewhere
-    assert find(None, tmp_path / "moved/tokenizer.pt")[0] == str(tmp_path / "moved/tokenizer.pt")
-    for places in ((None, wrong), (None, "nowhere.pt")):
-        refused("train_ar.py.*--out", find, *places)
-    made_from = {"tokenizer": "hita-v"}
-    refused("goes with hita-v, not with hita-u", find, "hita-u", "nowhere.pt")
+@pytest.mark.parametrize("build, kind", [
+    (tiny, "tokenizer"), (lambda: tiny(num_global=0, k=0), "tokenizer"), (tiny_llama, "llama")])
+def test_a_plain_state_dict_is_refused_with_what_to_do(build, kind, tmp_path):
+    model, path = build(), tmp_path / "x.pt"
+    load = hita.load_tokenizer if kind == "tokenizer" else hita.load_llama
+    torch.save(model.state_dict(), path)
 
+    message = refused("no checkpoint and no released file", load, path)
+
+    # What the message says, word for word.
+    kinds, rest = re.search(r"torch\.save\({'kind': (.*?), (.*)}, file\)", message).groups()
+    assert kinds == "'tokenizer' or 'llama'"
+    data = {"kind": kind} | eval("{" + rest + "}", {"vars": vars, "model": model})
+    if kind == "llama":
+        data["classes"] = list("abcde")
+    torch.save(data, path)
+    loaded = load(path)
+    assert loaded.cfg == model.cfg and equal(loaded.state_dict(), model.state_dict())
+    if kind == "llama":
+        refused("a tokenizer is needed", hita.load, path)
+
+
+# ---- released files, and prints, the trained pair in data/ ----------------------
 
 THEIRS = [  # our names (regular expressions) -> names in the released files, one after another
     (r"extractor\.queries", "encode_transformer.carrier_tokens"),
@@ -868,7 +1413,7 @@ THEIRS = [  # our names (regular expressions) -> names in the released files, on
 ]
 
 
-def released_layout(model: nn.Module) -> dict[str, torch.Tensor]:
+def released_layout(model: nn.Module) -> dict[str, Tensor]:
     """A model's weights as the released files have them."""
     weights = {}
     for key, tensor in model.state_dict().items():
@@ -876,8 +1421,8 @@ def released_layout(model: nn.Module) -> dict[str, torch.Tensor]:
             key = re.sub(pattern, name, key)
         weights[key] = tensor
     if isinstance(model, hita.Llama):
-        heads = [model.global_head.weight, model.patch_head.weight]
-        return weights | {"output.weight": torch.cat(heads).detach()}
+        both = [model.global_head.weight, model.patch_head.weight]
+        return weights | {"output.weight": torch.cat(both).detach()}
     for name in ("quant_conv.weight", "post_quant_conv.weight"):
         weights[name] = weights[name][..., None, None]
     used = {f"{x}quantize.codebook_used": torch.zeros(9) for x in ("", "slot_")}
@@ -907,53 +1452,77 @@ def small_released(monkeypatch, tmp_path):
     return tokenizer, llama, fetched
 
 
-def test_released_files_load_strictly_or_say_what_to_do(small_released, monkeypatch, tmp_path):
+def test_released_files_load_strictly(small_released, tmp_path):
     loaders = (hita.load_tokenizer, "hita-u", "quant_conv.bias"), (
         hita.load_llama, "hita-u-b-250e", "norm.weight")
-    for model, (load, name, some) in zip(small_released, loaders):
-        assert all(map(torch.equal, load(name).state_dict().values(), model.state_dict().values()))
+    for model, (load, name, required) in zip(small_released, loaders):
+        assert equal(load(name).state_dict(), model.state_dict())
         weights, path = released_layout(model), tmp_path / "x.pt"
         dino = {"encode_transformer.backbone.pretrained_encoder.norm.weight": torch.zeros(3)}
         for fits in (weights, {"model": weights}, weights | dino):
             torch.save(fits, path)
             assert load(path).cfg == model.cfg
-        lacking = {k: v for k, v in weights.items() if k != some}
-        for wrong in (lacking, weights | {some: torch.zeros(3, 3)}, weights | {"x": torch.ones(1)}):
+        lacking = {key: x for key, x in weights.items() if key != required}
+        for wrong in (lacking, weights | {required: torch.zeros(3, 3)},
+                      weights | {"x": torch.ones(1)}):
             torch.save({"ema": wrong}, path)
             refused("x.pt", load, path)
-    assert hita.load_llama("hita-u-b-250e").classes[207] == "golden retriever"
-    folders = [f"n{i:08d}" for i in range(1000)]  # ImageNet's: the embeddings stay
-    llama = hita.Llama(small_released[1].cfg)
-    train_ar.start_from(llama, "hita-u-b-250e", folders, "unknown")
-    assert torch.equal(llama.class_embedding.weight, small_released[1].class_embedding.weight)
+
+
+def test_released_names_give_pairs_with_the_names_of_imagenet(small_released, tmp_path):
+    tokenizer, llama = hita.load("hita-u-b-250e")
+    assert small_released[2] == ["ultra/GPT-B/GPT-B-250e.pt", "ultra/tokenizer/hita-ultra.pt"]
+    assert equal(tokenizer.state_dict(), small_released[0].state_dict())
+    assert llama.classes[207] == "golden retriever"
+    assert len(hita.RELEASED) == 2 + 17
+    assert hita.RELEASED["hita-v-xl-50e"] == "vanilla/GPT-XL/GPT-XL-50e.pt"
+
+    # The file of a Llama alone holds no tokenizer.
+    path = tmp_path / "b"
+    refused("a tokenizer is needed", hita.load, path)
+    assert hita.load(path, "hita-u")[1].cfg == llama.cfg
+
+    # A fine-tuning on ImageNet, whose folders have other names, keeps the embeddings of classes.
+    folders = [f"n{i:08d}" for i in range(1000)]
+    source = hita.read_checkpoint("hita-u-b-250e", "llama")
+    tuned = hita.Llama(llama.cfg)
+    train_ar.start_from(tuned, source, folders, "hita-u-b-250e")
+    assert torch.equal(tuned.class_embedding.weight, llama.class_embedding.weight)
+
+
+def test_released_files_that_cannot_be_fetched_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
-    refused("OSError.*hita-ultra.pt.*--tokenizer", hita.load_tokenizer, "hita-u")
     monkeypatch.chdir(tmp_path)
     for name in ("hita-u", "prints"):  # folders of these names hide nothing
         Path(name).mkdir()
     refused("OSError.*hita-ultra.pt", hita.load_tokenizer, "hita-u")
     assert hita.load_tokenizer("prints").cfg == hita.TOKENIZERS["prints"]
-    assert len(hita.RELEASED) == 2 + 17 + 1
-    assert hita.RELEASED["hita-v-xl-50e"] == "vanilla/GPT-XL/GPT-XL-50e.pt"
 
 
-def test_prints_reconstructs_holds_the_palette_and_draws_the_readmes_pictures():
+def test_prints_reconstructs_and_holds_the_palette_in_its_globals():
     tokenizer = hita.load_tokenizer("prints")
     pictures = hita.Pictures(hita.embedded_data(), "val", 64)
     assert (len(pictures), len(pictures.classes)) == (365, 50)
-    images = torch.stack([pictures[0, i][0] for i in range(0, 365, 12)])  # 31 of all classes
+    images = torch.stack([pictures[i][0] for i in range(0, 365, 12)])  # 31 of all classes
+
     global_ids, patch_ids = tokenizer.encode(images)
     others = global_ids.roll(15, dims=0)
-    # measured: 24.98 dB, 12.63 dB, 4.82 of the log2 31 = 4.95 bits that 31 can show
+
+    # Measured: 24.98 dB, 12.63 dB, 4.82 of the log2 31 = 4.95 bits that 31 can show.
     assert hita.psnr(images, tokenizer.decode(global_ids, patch_ids)).mean() > 24.5
     assert hita.psnr(images, tokenizer.decode(others, patch_ids)).mean() < 14
     assert hita.usage("global", hita.count_ids(global_ids, 256))["global_bits"] > 4.6
-    # the README's first pictures: other CPUs round differently, other numbers give about 10 dB
-    llama = hita.load_llama("prints")
+
+
+def test_prints_draws_the_readmes_pictures():
+    """Other CPUs round differently, but other random numbers give about 10 dB."""
+    tokenizer, llama = hita.load("prints")
     shown = 2 * hita.TF.to_tensor(Image.open(ROOT / "assets/samples.png").convert("RGB")) - 1
-    class_ids = torch.tensor([llama.classes.index("face-happy")] * 2)  # its first row
-    drawn = tokenizer.decode(*llama.generate(class_ids, **sample.PRINTS))
     kept = torch.stack([shown[:, 2:66, x:x + 64] for x in (2, 68)])
+
+    class_ids = torch.tensor([llama.classes.index("face-happy")] * 2)  # its first row
+    drawn = tokenizer.decode(*llama.generate(class_ids, seed=0, **sample.PRINTS))
+
     assert hita.psnr(kept, drawn).min() > 35
 
 
@@ -961,34 +1530,25 @@ def test_judge_tells_what_is_real_right_near_copied_and_varied():
     (images, class_ids, _), (train, *_) = judge.real("val"), judge.real("train")
     tokenizer = hita.load_tokenizer("prints")
     recon = sample.decode(tokenizer, *tokenizer.encode(images))
+
     real, near = judge.score(images, class_ids), judge.score(recon, class_ids)
-    noise = 2 * torch.rand_like(images) - 1
-    assert (real["top1"], real["top5"]) == approx((0.37, 0.65), abs=0.01)  # as in the README
-    assert real["fd"] < near["fd"] < judge.score(noise, class_ids)["fd"]
+    noise = judge.score(2 * torch.rand_like(images) - 1, class_ids)
     wrong = judge.score(images, class_ids[torch.randperm(len(images))])
-    assert wrong["top1"] < 0.06 and 0.03 < wrong["top5"] < 0.18 and real["copies"] < 0.06
     same = judge.score(train[:1].expand(50, -1, -1, -1), torch.zeros(50, dtype=torch.int64))
-    assert same["copies"] == 1 and same["spread"] == approx(0, abs=1e-3) and real["spread"] > 0.9
-    refused("shape|images are", judge.score, images[:, :1], class_ids)
+
+    assert (real["top1"], real["top5"]) == approx((0.37, 0.65), abs=0.01)  # as in the README
+    assert real["fd"] < near["fd"] < noise["fd"]
+    assert real["copies"] < 0.06 and real["spread"] > 0.9
+    assert wrong["top1"] < 0.06 and 0.03 < wrong["top5"] < 0.18
+    assert same["copies"] == 1 and same["spread"] == approx(0, abs=1e-3)
+    refused("images are", judge.score, images[:, :1], class_ids)
+    refused("class_ids", judge.score, images, class_ids[:-1])
 
 
-def test_prints_is_a_released_model_in_all_uses(script, monkeypatch, capsys):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
-    pictures = sorted((hita.embedded_data() / "val/flag").iterdir())[:2]
-    for name, flags in (
-            ("samples", ["--class", "flag", "face-happy"]), ("keep-globals", ["--keep-globals"]),
-            ("style", ["--style", *pictures]),
-            ("complete", ["--complete", *pictures, "--class", "flag"])):
-        script(sample, *flags, "--num", 2)
-        assert "using prints" in capsys.readouterr().out and Path(f"out/{name}.png").exists()
-    script(train_tokenizer, "--preset", "prints", "--init-from", "prints", "--data", "data",
-           "--steps", 1, "--batch-size", 2, "--gan-weight", 0, "--out", "out-t", "--workers", 0)
-    assert figures("out-t/tokenizer.jsonl")[-1]["psnr"] > 8  # on noise
-
-
-# ---- data --------------------------------------------------------------------
+# ---- pictures ----------------------------------------------------------------
 
 def picture_folder(root: Path, number: int = 12, classes: int = 5) -> Path:
+    """train and val with so many pictures each, of 24 x 20 pixels."""
     for split in ("train", "val"):
         for i in range(number):
             path = root / split / f"class{i % classes}" / f"{i}.png"
@@ -998,23 +1558,35 @@ def picture_folder(root: Path, number: int = 12, classes: int = 5) -> Path:
     return root
 
 
-def test_versions_of_a_picture_are_plain_mirrored_cropped_and_stay_the_same(tmp_path):
+def test_pictures_are_cropped_to_a_square():
     square = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    found = hita.crop_square(Image.fromarray(square), 64)
-    assert torch.equal(hita.to_uint8(found), torch.from_numpy(square).permute(2, 0, 1))
+    cropped = hita.crop_square(Image.fromarray(square), 64)
+    assert torch.equal(hita.to_uint8(cropped), torch.from_numpy(square).permute(2, 0, 1))
+
     tall = np.zeros((300, 100, 3), np.uint8)
     tall[100:200] = 255
     assert (hita.crop_square(Image.fromarray(tall), 100) == 1).all()
     for i in range(5):
         rng = np.random.default_rng(i)
         assert hita.crop_square(Image.fromarray(tall), 64, rng, 0.8).shape == (3, 64, 64)
+
+
+def test_versions_of_pictures_are_plain_mirrored_augmented_and_stay_the_same(tmp_path):
     data = hita.Pictures(picture_folder(tmp_path), "train", 16, augment=True, crop_range=0.5)
     assert torch.equal(data[3, 5][0], data[3, 5][0])
     assert not torch.equal(data[3, 5][0], data[4, 5][0])
+
     plain = hita.Pictures(tmp_path, "train", 16, crop_range=0.5)
     assert torch.equal(plain[0, 5][0], hita.load_picture(plain.samples[5][0], 16)[0])
     assert torch.equal(plain[1, 5][0], plain[0, 5][0].flip(-1))
     assert not torch.equal(plain[2, 5][0], plain[0, 5][0])  # from the third version on
+
+    # A number alone is the plain picture, also of a data set that augments.
+    for i in range(12):
+        assert torch.equal(data[i][0], plain[0, i][0]) and data[i][1] == plain.samples[i][1]
+    images, labels = next(iter(torch.utils.data.DataLoader(data, batch_size=12)))
+    assert torch.equal(images, torch.stack([plain[0, i][0] for i in range(12)]))
+    assert labels.tolist() == [label for _, label in plain.samples]
 
 
 @pytest.mark.parametrize("name, convert", [
@@ -1022,7 +1594,7 @@ def test_versions_of_a_picture_are_plain_mirrored_cropped_and_stay_the_same(tmp_
     ("rgba.webp", lambda x: x.convert("RGBA")), ("palette.gif", lambda x: x.quantize(4)),
     ("turned.png", lambda x: x.transpose(Image.Transpose.ROTATE_90)),
     ("grey.png", lambda x: x.convert("L"))])
-def test_any_kind_of_picture_is_read(name, convert, tmp_path):
+def test_pictures_of_any_kind_are_read(name, convert, tmp_path):
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[:, :30], pixels[:20, 30:] = (200, 100, 50), (10, 220, 90)
     image, exif = Image.fromarray(pixels), Image.Exif()
@@ -1031,159 +1603,269 @@ def test_any_kind_of_picture_is_read(name, convert, tmp_path):
     convert(image).save(tmp_path / name, exif=exif, lossless=True)
     image = image.convert("L") if "grey" in name else image
     expected = hita.crop_square(image.convert("RGB"), 16)
+
     for source in (tmp_path / name, io.BytesIO((tmp_path / name).read_bytes()), image):
-        found = hita.load_picture(source, 16)
-        assert found.shape == (1, 3, 16, 16) and torch.allclose(found[0], expected, atol=0.03)
+        loaded = hita.load_picture(source, 16)
+        assert loaded.shape == (1, 3, 16, 16)
+        assert torch.allclose(loaded[0], expected, atol=0.03)
 
 
-def test_damaged_exif_does_no_harm_and_broken_pictures_are_named(tmp_path, monkeypatch):
+def test_pictures_that_cannot_be_read_are_named_and_damaged_exif_does_no_harm(
+        tmp_path, monkeypatch):
     assert hita.on_white(Image.new("RGBA", (1, 1))).getpixel((0, 0)) == (255, 255, 255)
     (tmp_path / "bad.png").write_bytes(b"nothing")
     for wrong, message in ((tmp_path / "none.png", "none.png"), (tmp_path / "bad.png", "bad.png"),
-                           (np.zeros((16, 16, 3)), "ndarray"), (Image.new("F", (9, 9)), "8 bits"),
+                           (Image.new("F", (9, 9)), "8 bits"),
                            (Image.new("I;16", (9, 9)), "8 bits")):
         refused(message, hita.load_picture, wrong, 16)
+
     exif = Image.Exif()
     exif[0x0112], exif[0x011A] = 6, 0.5  # orientation, a rational
     damaged = exif.tobytes()[:-12]
     for data, size in ((exif, (4, 8)), (damaged, (4, 8)), (b"Exif\0\0MM", (8, 4))):
         Image.new("RGB", (8, 4), "red").save(tmp_path / "x.jpg", exif=data)
         assert hita.read_picture(tmp_path / "x.jpg").size == size
-    monkeypatch.setattr(hita, "contextlib", None)  # a mistake in the code is none in the file
-    pytest.raises(AttributeError, hita.read_picture, Image.new("L", (4, 4)))
+
+    # A mistake in the code is none in the file.
+    monkeypatch.setattr(hita, "on_white", Mock(side_effect=AttributeError))
+    with pytest.raises(AttributeError):
+        hita.read_picture(tmp_path / "x.jpg")
 
 
-def test_what_other_programs_leave_is_no_data_and_links_are_followed(tmp_path, capsys):
-    root = picture_folder(tmp_path / "data")
-    some = (root / "train/class0/0.png").read_bytes()
+def test_pictures_are_those_of_the_class_folders_but_hidden_ones(tmp_path):
+    root = picture_folder(tmp_path / ".hidden/data")  # above the root nothing is hidden
+    png = (root / "train/class0/0.png").read_bytes()
     for name in ("class0/._0.png", ".cache/0.png", "class0/.ipynb_checkpoints/0.png",
-                 "@eaDir/0.png", "class1/@eaDir/0.png", "__MACOSX/class0/0.png",
-                 "#recycle/0.png", "class5/notes.txt", "loose.png", tmp_path / "more/deep/x.png"):
+                 "class1/notes.txt", "loose.png", tmp_path / "more/deep/x.png"):
         (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / "train" / name).write_bytes(some)
+        (root / "train" / name).write_bytes(png)
     data = hita.Pictures(root, "train", 16)
-    assert len(data) == 12 and data.classes == [f"class{i}" for i in range(5)]
-    assert "class5, loose.png\n" in capsys.readouterr().out  # and nothing hidden
-    (root / "train/class0/up").symlink_to("..")  # in circles
-    (root / "train/class1/self.png").symlink_to(root / "train/class1/self.png")
+    assert len(data) == 12
+    assert data.classes == [f"class{i}" for i in range(5)]
+
     (root / "train/class1/x.png").symlink_to(tmp_path / "more/deep/x.png")
-    (root / "train/class5").rename(tmp_path / "notes")
     (root / "train/class5").symlink_to(tmp_path / "more")
     data = hita.Pictures(root, "train", 16)
-    assert len(data) == 12 + 1 + 1 + 1 and len(data.classes) == 6  # with the link to itself
-    before = data.signature()
-    os.utime(tmp_path / "more/deep/x.png", (1, 1))
-    assert len([x for x, y in zip(before[0], data.signature()[0]) if x != y]) == 2
+    assert len(data) == 12 + 2
+    assert len(data.classes) == 6 and data[13][1] == 5
+
+    (root / "train/empty").mkdir()  # would be a class that is never learned
+    refused("empty", hita.Pictures, root, "train", 16)
+    refused("no folder .*train", hita.Pictures, tmp_path / "nowhere", "train", 16)
 
 
-def test_bad_pictures_are_named_and_the_next_stand_in_but_for_20_in_a_row(tmp_path, capfd):
+def test_pictures_that_are_broken_are_named_and_the_next_stand_in_but_for_20_in_a_row(
+        tmp_path, capfd):
     data = hita.Pictures(picture_folder(tmp_path, 40, 2), "train", 16)
     stands_in = {3: 4, 39: 0} | {i: 34 for i in range(15, 34)}
     for i in stands_in:
         path = Path(data.samples[i][0])
         path.write_bytes(path.read_bytes()[:60] if i % 2 else b"")
     Image.new("L", (1, 1)).save(data.samples[4][0])
-    items = [(0, i) for i in stands_in]
-    loader = torch.utils.data.DataLoader(data, 1, sampler=items, num_workers=1)
+
+    loader = torch.utils.data.DataLoader(
+        data, 1, sampler=[(0, i) for i in stands_in], num_workers=1)
     for (image, label), i in zip(loader, stands_in.values()):
         assert torch.equal(image[0], data[0, i][0]) and label == data.samples[i][1]
+
     said = capfd.readouterr().err
-    assert all(f"skipped: the picture {data.samples[i][0]} " in said for i in stands_in)
+    for i in stands_in:
+        assert f"skipped: the picture {data.samples[i][0]} " in said
     Path(data.samples[34][0]).unlink()
-    refused(f"none of 20 .* {data.samples[15][0]} cannot be read: ", lambda: data[0, 15])
+    refused(f"no picture from {data.samples[15][0]} on.*twenty", lambda: data[0, 15])
 
 
-def test_validation_pictures_have_the_classes_of_train_and_may_be_absent(tmp_path):
+def test_pictures_of_validation_have_the_classes_of_train_and_may_be_absent(tmp_path):
     root = picture_folder(tmp_path)
     plain, train = (hita.Pictures(root, "train", 16, augment) for augment in (False, True))
     (root / "val/class0").rename(tmp_path / "away")
     assert {label for _, label in hita.validation_pictures(train).samples} == {1, 2, 3, 4}
+
     (root / "val").rename(root / "test")
-    found = hita.validation_pictures(train)
-    assert found.split == "train" and found.samples == train.samples
-    assert torch.equal(found[0, 3][0], plain[0, 3][0])
-    refused("no pictures in .*/<class>/", hita.Pictures, root, "val", 16)
+    val = hita.validation_pictures(train)
+    assert val.split == "train" and val.samples == train.samples
+    assert torch.equal(val[3][0], plain[3][0])
+
+    (root / "val").mkdir()
+    refused("no pictures in .*/<class>/", hita.validation_pictures, train)
 
 
-def test_batches_go_through_epochs_and_the_learning_rate_up_and_down(monkeypatch):
-    found = sum((hita.batch(step, 10, 4, seed=3) for step in range(1, 6)), [])
+def test_pictures_embedded_are_unpacked_at_first_use(script, tmp_path, monkeypatch):
+    save_tiny(tmp_path / "out")
+    shutil.make_archive("mini64", "zip", "data")
+    monkeypatch.setattr(hita, "EMBEDDED", tmp_path / "mini64.zip")
+    script(sample, "--reconstruct", "mini64/val/class0/0.png")
+    assert Path("out/reconstruct.png").exists()
+
+
+# ---- parts of a training -------------------------------------------------------
+
+def test_batches_go_through_epochs(monkeypatch):
+    items = sum((hita.batch(step, 10, 4, seed=3) for step in range(1, 6)), [])
     for epoch in (0, 1):  # 20 items: two epochs, though 4 does not divide 10
-        assert sorted(i for e, i in found if e == epoch) == list(range(10))
-    assert [i for _, i in found[:10]] != [i for _, i in found[10:]]
-    assert hita.batch(4, 10, 4, seed=3) == found[12:16]
+        assert sorted(i for e, i in items if e == epoch) == list(range(10))
+    assert [i for _, i in items[:10]] != [i for _, i in items[10:]]
+    assert hita.batch(4, 10, 4, seed=3) == items[12:16]
+
     monkeypatch.setattr(hita, "world", lambda: 2)
-    assert hita.batch(4, 10, 4, seed=3) == found[12:14]
-    refused("batch_size 5", hita.batch, 1, 10, 5, seed=3)
+    assert hita.batch(4, 10, 4, seed=3) == items[12:14]
+    refused("batch_size is 5", hita.batch, 1, 10, 5, seed=3)
+
+
+def test_learning_rate_goes_up_and_down():
     recipe = argparse.Namespace(steps=100, warmup=10, lr=1e-3, lr_final=1e-4)
-    rate = lambda step: hita.learning_rate(step, recipe)
+    rate = partial(hita.learning_rate, recipe=recipe)
     assert rate(5) == approx(1e-7 + 0.5 * (1e-3 - 1e-7)) and rate(10) == approx(1e-3)
     assert rate(55) == approx(5.5e-4) and rate(100) == approx(1e-4)
     recipe.lr = 1e-5  # lowered on resume, without a thought of lr_final
     assert rate(55) == rate(100) == approx(1e-5)
-    a, b = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
-    nn.init.ones_(b.running_mean)
-    nn.init.constant_(b.weight, 3.0)
-    hita.update_ema(a, b, 0.9)  # of parameters; buffers are copied
-    assert a.weight.tolist() == approx([1.2, 1.2]) and a.running_mean.tolist() == [1, 1]
 
 
-def test_log_averages_over_steps_and_bits_are_those_of_a_position(tmp_path, monkeypatch):
-    (tmp_path / "x.jsonl").write_text('{"step": 1, "a": 0}\n{"step": 9, "a": 0}\n{"step": 10, ')
+@pytest.mark.parametrize("step, decay", [(1, 2 / 11), (10, 11 / 20), (100, 0.9)])
+def test_average_of_weights_follows_faster_at_first(step, decay):
+    average, model = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    nn.init.ones_(model.running_mean)
+    nn.init.constant_(model.weight, 3.0)
+
+    hita.update_ema(average, model, 0.9, step)
+
+    assert average.weight.tolist() == approx([decay * 1 + (1 - decay) * 3] * 2)
+    assert average.running_mean.tolist() == [1, 1]  # buffers are copied
+
+
+def test_parts_of_a_recipe_that_never_come_are_named(capsys):
+    recipe = train_tokenizer.Training(steps=100, warmup=10, gan_start=50)
+    train_tokenizer.warn_of_short(recipe)
+    train_tokenizer.warn_of_short(dataclasses.replace(recipe, gan_start=100, gan_weight=0.0))
+    assert capsys.readouterr().out == ""
+
+    train_tokenizer.warn_of_short(dataclasses.replace(recipe, warmup=100, gan_start=100))
+    said = capsys.readouterr().out
+    assert "note: the learning rate rises for 100 steps (--warmup)" in said
+    assert "note: the discriminator comes in at step 100 (--gan-start)" in said
+
+
+def test_log_averages_over_steps_and_has_the_learning_rate(tmp_path, monkeypatch):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"step": 1, "a": 0}\n{"step": 9, "a": 0}\n{"step": 10, ')
     clock = iter([0.0, 2.0, 3.0])
     monkeypatch.setattr(hita.time, "time", lambda: next(clock))
-    log = hita.Log(tmp_path / "x.jsonl", steps=5, start=1)
-    for value in (1.0, 2.0, 3.0, 4.0):  # two a step; names may be shared
-        log.add({"loss": torch.tensor(value), "ids": torch.tensor([[value, 0.0]])})
-        log.add({"ids": value})
-    log.write(3, batch_size=10)
-    old, new = map(json.loads, (tmp_path / "x.jsonl").read_text().splitlines())
+    log = hita.Log(path, steps=5, start=1)
+    for value in (1.0, 2.0, 3.0, 4.0):
+        log.add({"loss": torch.tensor(value), "D(real)": torch.tensor([[value, 0.0]])})
+        log.count("patch", hita.count_ids(torch.tensor([[0, 1]]), 4))
+
+    log.write(3, batch_size=10, lr=0.125)
+
+    old, new = map(json.loads, path.read_text().splitlines())
     assert (old["step"], new["step"]) == (1, 3)  # later ones and a broken one are gone
-    assert new["loss"] == new["ids"] == 2.5 and new["ids_use"] == 0.5
+    assert new["loss"] == 2.5 and new["D(real)"] == 1.25
+    assert new["patch_use"] == 0.5 and new["patch_bits"] == 0 and new["lr"] == 0.125
     assert new["images/s"] == approx(10) and new["eta_min"] == approx(2 / 60)
+
+
+def test_log_refuses_what_is_not_finite(tmp_path):
+    log = hita.Log(tmp_path / "x.jsonl", steps=5, start=0)
+    for value in (1.0, torch.inf, 1.0):
+        log.add({"loss": torch.tensor(1.0), "grad": torch.tensor(value)})
+    message = refused("grad not finite.*--resume", log.write, 3, 10, 0.1)
+    assert "loss" not in message
+
+
+def test_bits_are_those_of_a_position():
     constant = torch.arange(16).expand(1000, -1)  # a code for each position
     assert hita.usage("x", hita.count_ids(constant, 32)) == {"x_use": 0.5, "x_bits": 0.0}
-    ids = torch.stack([torch.arange(1000) % 8, torch.arange(1000) % 2], dim=1)
-    counts = hita.count_ids(ids, 32)
+
+    varied = torch.stack([torch.arange(1000) % 8, torch.arange(1000) % 2], dim=1)
+    counts = hita.count_ids(varied, 32)
     assert counts.sum() == 2000 and counts[1, :2].tolist() == [500, 500]
     assert hita.usage("x", counts) == {"x_use": 8 / 32, "x_bits": approx((3 + 1) / 2)}
 
 
-def test_token_cache_is_reused_goes_on_and_is_made_anew(tmp_path, monkeypatch):
-    root, path, encoded = picture_folder(tmp_path / "data"), tmp_path / "tokens.npy", []
-    tokenizer = tiny()
-    true = tokenizer.encode
+@pytest.fixture
+def cached(tmp_path):
+    """-> function that builds a token cache of 12 pictures -> the rows. Its `encoded` lists how
+    many pictures each call of encode got."""
+    picture_folder(tmp_path / "data")
+    own = tiny()
 
-    def build(tokenizer=tokenizer, copies=2):
-        encoded.clear()
-        tokenizer.encode = lambda images: (encoded.append(len(images)), true(images))[1]
-        return train_ar.token_cache(path, tokenizer, hita.Pictures(root, "train", 16), copies, 0)
+    def build(tokenizer: hita.HitaTokenizer = own, copies: int = 2) -> np.ndarray:
+        build.encoded = []
+        true = hita.HitaTokenizer.encode.__get__(tokenizer)
 
-    tokens, data = build().copy(), hita.Pictures(root, "train", 16)
-    assert tokens.shape == (24, 1 + 6 + 16) and sum(encoded) == 24
+        def encode(images: Tensor) -> tuple:
+            build.encoded.append(len(images))
+            return true(images)
+
+        tokenizer.encode = encode
+        data = hita.Pictures(tmp_path / "data", "train", 16)
+        return train_ar.token_cache(tmp_path / "tokens.npy", tokenizer, data, copies, 0)
+
+    build.tokenizer = own
+    return build
+
+
+def test_token_cache_holds_classes_and_ids(cached, tmp_path):
+    tokens = cached().copy()
+    data = hita.Pictures(tmp_path / "data", "train", 16)
+    assert tokens.shape == (24, 1 + 6 + 16) and sum(cached.encoded) == 24
     for row in (0, 7, 12 + 7):  # plain pictures, then mirrored ones
         image, label = data[divmod(row, 12)]
-        found = train_ar.split(train_ar.to_device(tokens[[row]], torch.device("cpu")), 6)
-        assert found[0] == label and all(map(torch.equal, found[1:], true(image[None])))
-    assert np.array_equal(build(), tokens) and not encoded
-    stored = np.lib.format.open_memmap(path, "r+")
-    stored[[3, 20], 0] = 0  # as if it had been killed before these
-    stored.flush()
-    assert np.array_equal(build(), tokens) and encoded == [2]
+        kinds = train_ar.split(train_ar.to_device(tokens[[row]], torch.device("cpu")), 6)
+        assert kinds[0] == label
+        assert all(map(torch.equal, kinds[1:], cached.tokenizer.encode(image[None])))
+
+
+def test_token_cache_is_reused_goes_on_and_is_made_anew(cached, tmp_path):
+    path, tokens = tmp_path / "tokens.npy", cached().copy()
+    assert np.array_equal(cached(), tokens) and not cached.encoded
+
+    rows = np.lib.format.open_memmap(path, "r+")
+    rows[[3, 20], 0] = 0  # as if it had been killed before these
+    rows.flush()
+    assert np.array_equal(cached(), tokens) and cached.encoded == [2]
+
     for change in (dict(copies=3), dict(tokenizer=tiny(k=1)), {}):
-        assert len(build(**change)) == sum(encoded) >= 24
-    for damage in (lambda x: b"", lambda x: x[:100], lambda x: x[:-1], lambda x: bytes(len(x))):
-        path.write_bytes(damage(path.read_bytes()))
-        assert np.array_equal(build(), tokens) and sum(encoded) == 24
-    (tmp_path / "tokens.txt").unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr(hita, "all_sum", lambda x: x)
-        patch.setattr(hita, "world", lambda: 2)  # as if the other's rows got lost
-        refused("8 rows of .*tokens.npy are missing: .*nodes", build)
-    with monkeypatch.context() as patch:
-        patch.setattr(hita.shutil, "disk_usage", lambda path: Mock(free=1000))
-        refused("tokens.npy takes .* are free", build, copies=5)
-    (root / "train/class0/0.png").write_bytes(b"bad")  # another stands in
-    assert build()[0, 0] == 1 and sum(encoded) == 24
+        assert len(cached(**change)) == sum(cached.encoded) >= 24
+    os.utime(tmp_path / "data/train/class0/0.png", (1, 1))  # a picture was replaced
+    assert np.array_equal(cached(), tokens) and sum(cached.encoded) == 24
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-1], bytes(len(whole))):
+        path.write_bytes(damaged)
+        assert np.array_equal(cached(), tokens) and sum(cached.encoded) == 24
+
+    (tmp_path / "data/train/class0/0.png").write_bytes(b"bad")  # another stands in
+    assert cached()[0, 0] == 1 and sum(cached.encoded) == 24
+
+
+def test_token_cache_says_that_rows_are_missing(cached, monkeypatch):
+    monkeypatch.setattr(hita, "all_sum", lambda x: x)
+    monkeypatch.setattr(hita, "world", lambda: 2)  # as if the other's rows got lost
+    refused("8 rows of .*tokens.npy are missing", cached)
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_bfloat16_is_for_gpus_that_have_it(emulated, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not emulated)
+    assert hita.has_bfloat16(torch.device("cuda")) != emulated
+    assert not hita.has_bfloat16(torch.device("cpu"))
+
+
+def ended(error: BaseException, capsys) -> tuple:
+    """How run_script ends where main raises this -> status, what it says."""
+    with pytest.raises(SystemExit) as exit:
+        hita.run_script(Mock(side_effect=error))
+    return exit.value.code, capsys.readouterr().err
+
+
+def test_a_hita_error_is_one_line_and_anything_else_a_traceback(capsys):
+    assert ended(hita.HitaError("x is 3"), capsys) == (2, "error: x is 3\n")
+    of_loader = hita.HitaError("Caught HitaError in a worker\nTraceback\nhita.HitaError: 3 < 4")
+    assert ended(of_loader, capsys) == (2, "error: 3 < 4\n")
+    for error in (FileNotFoundError(2, "No such file", "x.png"), NameError("x"), MemoryError()):
+        status, said = ended(error, capsys)
+        assert status == 1 and "Traceback" in said and type(error).__name__ in said
+    assert ended(KeyboardInterrupt(), capsys) == (130, "")
 
 
 # ---- scripts -----------------------------------------------------------------
@@ -1203,10 +1885,13 @@ def figures(path: str) -> list[dict]:
     return [{k: v for k, v in x.items() if k not in ("images/s", "eta_min")} for x in lines]
 
 
+SIGNALS = signal.SIGINT, signal.SIGTERM
+
+
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """-> function that runs a script here, in tmp_path, which has data."""
-    handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    """-> function that runs a script here, in tmp_path, which has data. However the script ends,
+    signals do afterwards what they did before."""
     picture_folder(tmp_path / "data", 30)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -1214,11 +1899,13 @@ def script(tmp_path, monkeypatch):
 
     def run(module, *args):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, args)])
-        module.main()
+        handlers = [signal.getsignal(number) for number in SIGNALS]
+        try:
+            module.main()
+        finally:
+            assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
-    yield run
-    for number, handler in handlers:
-        signal.signal(number, handler)
+    return run
 
 
 def two_processes(*args) -> str:
@@ -1235,7 +1922,7 @@ def same_figures(one: str, two: str, *names: str) -> list[dict]:
     """Logs of a run that was done in two ways say the same but for rounding."""
     logs = figures(one), figures(two)
     for name in names:
-        a, b = ([f[name] for f in log if name in f] for log in logs)
+        a, b = ([line[name] for line in log if name in line] for log in logs)
         assert a == approx(b, rel=1e-5) and a, name
     return logs[0]
 
@@ -1244,19 +1931,22 @@ def test_scripts_in_two_processes_equal_those_in_one_and_sample(script, tmp_path
     flags = *SMALL, "--data", tmp_path / "data"
     script(train_tokenizer, *flags)
     two_processes("train_tokenizer.py", *flags, "--out", tmp_path / "two")
-    # the same until the discriminator, with batch statistics per process, comes in at the end
+    # They are the same until the discriminator comes in, with batch statistics of each process.
     logs = "out/tokenizer.jsonl", "two/tokenizer.jsonl"
     log = same_figures(*logs, "rec", "codebook")
     assert log[0]["grad"] == approx(figures(logs[1])[0]["grad"], rel=1e-4)
-    assert {"loss", "rec", "codebook", "adv", "disc", "D(real)", "D(fake)", "grad", "global_use",
-            "global_bits", "patch_use", "patch_bits"} <= set(log[1])
-    assert log[2]["step"] == 4 and "psnr" in log[2] and Path("out/tokenizer-000004.png").exists()
+    assert {"loss", "rec", "codebook", "adv", "D loss", "D(real)", "D(fake)", "D grad", "grad",
+            "lr", "global_use", "global_bits", "patch_use", "patch_bits"} <= set(log[1])
+    assert log[2]["step"] == 4 and "psnr" in log[2]
+    assert Path("out/tokenizer-000004.png").exists()
+
     flags = "--tokenizer", tmp_path / "out/tokenizer.pt", *SMALL_AR, "--class-dropout", 0
     script(train_ar, *flags)  # on the pictures of its tokenizer
     two_processes("train_ar.py", *flags, "--out", tmp_path / "two")
     logs = "out/llama.jsonl", "two/llama.jsonl"
     same_figures(*logs, "global", "patch", "val_global", "val_patch")
     assert Path("out/llama-000004.png").exists()
+
     script(sample, "--class", 3, "class1", "--num", 3, "--single")
     assert Image.open("out/samples.png").size == (3 * 26 + 2, 2 * 26 + 2)
     assert len(list(Path("out/samples").iterdir())) == 6
@@ -1264,22 +1954,25 @@ def test_scripts_in_two_processes_equal_those_in_one_and_sample(script, tmp_path
 
 BAD_REQUESTS = {  # script: {flags: what the line says}
     train_tokenizer: {
-        "--preset hita-w": "hita-w", "--preset": "--preset", "--heads 0": "heads", "--k x": "x",
-        "--patch-codebok-size 5": "--patch-codebok-size", "--data ''": "--data is empty",
-        "--data nowhere": "/<class>/", "--npz x": "--eval", "--eval": "train_tokenizer.py",
-        "--device meta": "meta", "--device warp9": "warp9", "--steps 0": "steps", "--lr nan": "lr",
-        "--lpips-weight 1": "vgg16", "--channel-mult 1,,2": "channel-mult",
-        "--resume nowhere.pt": "nowhere.pt", "--crop-range 1.5": "crop_range",
-        "--batch-size 1 --gan-weight 0": "--batch-size"},
+        "--preset hita-w": "hita-w", "--preset": "--preset", "--heads 3": "heads", "--k x": "x",
+        "--k 99": "k is 99", "--patch-codebok-size 5": "--patch-codebok-size",
+        "--data ''": "train", "--data nowhere": "nowhere", "--npz x": "--eval",
+        "--eval": "train_tokenizer.py", "--export x.pt": "train_tokenizer.py",
+        "--device meta": "meta", "--device warp9": "warp9", "--lpips-weight 1": "vgg16",
+        "--channel-mult 1,,2": "channel-mult", "--init-from nowhere.pt": "nowhere.pt",
+        "--crop-range 1.5": "crop_range", "--batch-size 1 --gan-weight 0": "--batch-size",
+        "--image-size 16": "--gan-weight 0", "--resume out.pt": "out.pt"},
     train_ar: {
-        "": "tokenizer.py", "--heads 5": "heads", "--export ''": "--export is empty",
-        "--copies 0": "copies", "--tokenizer assets/samples.png": "samples.png"},
+        "": "train_tokenizer.py", "--heads 5": "heads",
+        "--tokenizer assets/samples.png": "samples.png",
+        "--tokenizer prints --batch-size 3 --accumulate 2": "multiple of 2"},
     sample: {
-        "": "train_ar.py", "--out=": "--out= is empty", "--class flag ''": "empty",
-        "--class -x": "--class", "--num 0": "num is 0", "--num 1e9": "1e9", "--count 5": "--npz",
-        "--image x.abc": "x.abc", "--from README.md": "--style", "--keep nan": "keep",
-        "--cfg-scale 1e30": "cfg_scale", "--complete README.md": "--class",
-        "--reconstruct README.md --keep-globals": "not allowed with"}}
+        "": "train_ar.py", "--class -x": "--class", "--num 0": "num is 0", "--count 5": "--npz",
+        "--image x.abc": "x.abc", "--from README.md": "--style", "--complete README.md": "--class",
+        "--reconstruct README.md --style README.md": "not allowed with",
+        "--llama prints --class fase": "face", "--llama prints --num 1 --cfg-scale -1": "cfg_scale",
+        "--llama prints --num 1 --temperature nan": "temperature",
+        "--tokenizer prints --reconstruct README.md": "README.md cannot be read"}}
 
 
 @pytest.mark.parametrize("module, flags, message", [
@@ -1288,30 +1981,13 @@ def test_bad_requests_get_one_line(module, flags, message, script, monkeypatch, 
     out = Path("out").absolute()
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as exit:
-        hita.run_script(lambda: script(module, *shlex.split(flags), "--out", out), "")
+        hita.run_script(lambda: script(module, *shlex.split(flags), "--out", out))
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert exit.value.code == 2 and line.startswith("error: ") and message in line
-    assert module is not sample or not out.exists()
+    assert exit.value.code == 2
+    assert line.startswith("error: ") and message in line
 
 
-def test_one_line_is_for_what_the_user_named_a_traceback_for_the_rest(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["x", f"--data={tmp_path}", "--image", "a/b.png"])
-    line = lambda error: hita.explanation(error, "a smaller batch")
-    missing = lambda name: FileNotFoundError(2, "No such file", name)
-    named = missing("a/b.png"), missing(f"{tmp_path}/x/y"), missing("out/x.png")
-    assert all(map(line, (*named, OSError(28, "No space left"), hita.HitaError("x"))))
-    assert line(torch.OutOfMemoryError("x")).endswith("a smaller batch")
-    assert line(hita.HitaError("Caught\nTraceback\nhita.HitaError: 3 < 4")) == "3 < 4"
-    rest = [kind("a worker's memory") for kind in (OSError, NameError, MemoryError, RuntimeError)]
-    assert not any(map(line, (missing("mine.txt"), missing(None), *rest)))
-
-
-@pytest.mark.parametrize("emulated", [True, False])
-def test_bfloat16_is_for_gpus_that_have_it(emulated, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not emulated)
-    assert hita.has_bfloat16(torch.device("cuda")) != emulated
-    assert not hita.has_bfloat16(torch.device("cpu"))
-
+# ---- runs that are stopped and go on -------------------------------------------
 
 def stops(monkeypatch, *steps: int) -> None:
     """Runs are told to stop after so many steps each, and then no more."""
@@ -1323,19 +1999,31 @@ RUN = [*SMALL, "--batch-size", 7, "--log-every", 1, "--eval-every", 5, "--dropou
        "--crop-range", 0.7, "--steps", 12]
 
 
+def same_state(a, b) -> bool:
+    """Whether two states of a run, of tensors and values, are the same, bit for bit."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(x, b[name]) for name, x in a.items())
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return a == b
+
+
 @pytest.mark.parametrize("after", [(1,), (4, 1), (5, 6)])
 def test_a_resumed_tokenizer_run_equals_an_uninterrupted_one(after, script, monkeypatch):
     """Bit for bit, before and after the discriminator, and in the middle of epochs."""
     script(train_tokenizer, "--out", "whole", *RUN)
+
     stops(monkeypatch, *after)
     script(train_tokenizer, "--out", "parts", *RUN)
     for _ in after[1:]:
         script(train_tokenizer, "--out", "parts", "--resume", "--workers", 1)
-    script(train_tokenizer, "--out", "parts", "--resume")
-    states = [torch.load(f"{out}/tokenizer.pt") for out in ("whole", "parts")]
-    for name in ("model", "ema", "discriminator"):
-        assert all(map(torch.equal, states[0][name].values(), states[1][name].values()))
-    # a stop comes before the evaluation that is due at its step
+    script(train_tokenizer, "--out", "parts", "--resume", *RUN)  # the whole command again
+
+    whole, parts = (torch.load(f"{out}/tokenizer.pt") for out in ("whole", "parts"))
+    assert same_state(whole, parts)
+    # A stop comes before the evaluation that is due at its step.
     losses = [[x for x in figures(f"{out}/tokenizer.jsonl") if "loss" in x or x["step"] > 9]
               for out in ("whole", "parts")]
     assert losses[0] == losses[1] and len(losses[0]) == 12 + 2
@@ -1348,65 +2036,157 @@ def test_a_resumed_llama_run_equals_an_uninterrupted_one(script, monkeypatch, tm
            "--tokenizer", "tok/tokenizer.pt", "--keep-every", 4]
     script(train_ar, "--out", "whole", *run)
     whole = figures("whole/llama.jsonl")
+
     stops(monkeypatch, 7)
     script(train_ar, "--out", "parts", *run)
     with open("parts/llama.jsonl", "a") as f:  # by a killed run
         f.write('{"step": 8}\n')
-    script(train_ar, "--out", "parts", "--resume")
+    Path("tok").rename("gone")  # the checkpoint has its tokenizer
+    script(train_ar, "--out", "parts", *run, "--resume")
+
     assert figures("parts/llama.jsonl") == whole
+    assert same_state(*(torch.load(f"{out}/llama.pt") for out in ("whole", "parts")))
     kept = sorted(p.name for p in Path("parts").glob("*.pt"))
     assert kept == ["llama-000004.pt", "llama-000008.pt", "llama-000012.pt", "llama.pt"]
-    earlier = train_ar, "--resume", "parts/llama-000008.pt"
-    refused("later step", script, *earlier, "--out", "parts")
-    script(*earlier, "--out", "fork")
+
+    # To fork, copy a checkpoint into another run directory.
+    Path("fork").mkdir()
+    shutil.copy("parts/llama-000008.pt", "fork/llama.pt")
+    script(train_ar, "--out", "fork", "--resume")
     assert figures("fork/llama.jsonl") == [x for x in whole if x["step"] > 8]
-    script(sample, "--llama", "fork/llama.pt", "--num", 1)  # finds the tokenizer of tok/
     (tmp_path / "data/train/class0").rename(tmp_path / "data/train/xclass")
     refused("classes in .* are not those", script, train_ar, "--out", "parts", "--resume")
 
 
-def test_what_cannot_be_resumed_is_refused(script, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_repeats_any_command_that_started_it(script, monkeypatch):
+    """--init-from, --tokenizer and --preset belong to the start and then do nothing."""
+    script(train_tokenizer, *SMALL, "--steps", 1)
+    script(train_ar, *SMALL_AR, "--steps", 1)
+    commands = (
+        (train_tokenizer, "tokenizer", [*SMALL, "--preset", "prints", "--init-from",
+                                        "start.pt", "--workers", 0]),
+        (train_ar, "llama", [*SMALL_AR, "--preset", "emoji", "--init-from", "start.pt",
+                             "--tokenizer", "start.pt"]))
+    for module, kind, command in commands:
+        shutil.copy("out/llama.pt", "start.pt")
+        script(module, *command, "--out", "whole")
+        with monkeypatch.context() as patch:
+            stops(patch, 3)
+            script(module, *command, "--out", "parts")
+        Path("start.pt").unlink()
+        script(module, *command, "--out", "parts", "--resume")
+        assert same_state(*(torch.load(f"{out}/{kind}.pt") for out in ("whole", "parts")))
+
+
+def test_what_cannot_be_resumed_is_refused(script, tmp_path):
     script(train_tokenizer, *SMALL, "--gan-weight", 0, "--steps", 2)
     held = {p: p.read_bytes() for p in Path("out").iterdir()}
     save_tiny(tmp_path / "weights")
     for args, message in (
-            ([*SMALL], "holds a run already.*--resume.*--out"),
-            (["--resume", "--batch-size", 8], "batch_size is 8 and was 4.*--out"),
-            (["--resume", "--channels", 16], "channels is 16 and was 8"),
-            (["--resume", "--preset", "hita-v"], "image_size is 336"),
-            (["--resume", "weights/tokenizer.pt"], "another run"),
-            (["--resume", "weights/tokenizer.pt", "--out", "new"], "weights only.*--init-from"),
-            (["--resume", "--data", hita.embedded_data()], "pictures is 6230 and was 30")):
+            (SMALL, "holds a run already.*--resume.*--out"),
+            (["--resume", "--batch-size", 8], "batch_size is 4 .*cannot become 8.*--out"),
+            (["--resume", "--seed", 1], "seed is 0"),
+            (["--resume", "--crop-range", 0.5], "crop_range is 1.0"),
+            (["--resume", "--gan-width", 16], "gan_width is 8"),
+            (["--resume", "--channels", 16], "channels is 8 .*cannot become 16"),
+            (["--resume", "--no-centre"], "centre is True"),
+            (["--resume", "--out", "weights"], "weights alone.*--init-from")):
         refused(message, script, train_tokenizer, *args)
     assert held == {p: p.read_bytes() for p in Path("out").iterdir()}
-    script(train_tokenizer, "--resume", "--steps", 3, "--lr", 1e-5, "--init-from", "hita-u")
+
+    script(train_ar, *SMALL_AR, "--steps", 1)
+    for args, message in ((["--copies", 2], "copies is 1"), (["--dropout", 0.3], "dropout is 0.0"),
+                          (["--layers", 2], "layers is 1")):
+        refused(message, script, train_ar, "--resume", *args)
+
+
+def test_a_resumed_run_may_change_steps_and_learning_rate(script, tmp_path, monkeypatch, capsys):
+    script(train_tokenizer, *SMALL, "--steps", 2, "--resume")
+    assert "nothing to resume in out: a new run starts" in capsys.readouterr().out
+
+    script(train_tokenizer, "--resume", "--steps", 3, "--lr", 1e-5, "--warmup", 0)
+
     said = capsys.readouterr().out
-    assert "resuming out/tokenizer.pt after step 2\n" in said and "lr=1e-05" in said
-    assert "--init-from hita-u is for new runs" in said
+    assert "resuming out/tokenizer.pt after step 2 of 2\n" in said and "lr=1e-05" in said
+    assert "30 training and 30 validation pictures" in said
+    assert [x["lr"] for x in figures("out/tokenizer.jsonl") if "lr" in x][-1] == approx(1e-5)
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")  # a relative --data has become a full path
     script(train_tokenizer, "--resume", "--out", "../out", "--steps", 4)
+
+
+def test_pictures_that_moved_are_asked_for_and_train_stands_in_for_val(script, tmp_path, capsys):
+    script(train_tokenizer, *SMALL, "--steps", 1)
     (tmp_path / "data/val").rename(tmp_path / "val")
     (tmp_path / "data").rename(tmp_path / "moved")
-    missing = "checkpoint was made from .*data.*--data"
-    refused(missing, script, train_tokenizer, "--out", "../out", "--resume")
-    refused(missing, script, train_ar, "--out", "../out")
-    script(train_ar, "--data", "../moved", "--out", "../out", *SMALL_AR)
+    refused("no folder .*data: give --data", script, train_tokenizer, "--resume")
+    refused("no folder .*data: give --data", script, train_ar)
+
+    script(train_ar, "--data", "moved", *SMALL_AR)
     assert "train_... are of training pictures" in capsys.readouterr().out
-    lines = figures("../out/llama.jsonl")
+    lines = figures("out/llama.jsonl")
     assert "train_patch" in lines[-1] and not any("val_patch" in line for line in lines)
-    script(train_tokenizer, "--data", "../moved", "--out", "../out", "--eval")
-    assert {"train_psnr", "train_swap"} <= set(figures("../out/eval.jsonl")[0])
+    script(train_tokenizer, "--data", "moved", "--eval")
+    assert {"train_psnr", "train_swap"} <= set(figures("out/eval.jsonl")[0])
 
 
-def test_a_run_that_diverges_stops_before_weights_and_checkpoint(script, monkeypatch):
-    true, calls = hita.reconstruction_loss, iter(range(1, 100))
-    monkeypatch.setattr(hita, "reconstruction_loss", lambda *x: true(*x) * (
-        float("nan") if next(calls) == 7 else 1))
-    refused("not finite.*--resume", script, train_tokenizer, *RUN)
-    saved = torch.load("out/tokenizer.pt")
+def bad_gradient(loss: Tensor) -> Tensor:
+    """The same value, with a gradient of NaN."""
+    return loss + (loss * 0).sqrt()
+
+
+@pytest.mark.parametrize("module, loss, at", [
+    (train_tokenizer, "reconstruction_loss", 7), (train_tokenizer, "reconstruction_loss", 10),
+    (train_ar, "llama_losses", 10)])
+def test_a_run_that_diverges_stops_before_its_checkpoint(module, loss, at, script, monkeypatch):
+    """Also where the log is written seldom: at step 10 the run is saved."""
+    flags = [*RUN, "--log-every", 100]
+    if module is train_ar:
+        script(train_tokenizer, *SMALL, "--steps", 1)
+        flags = [*SMALL_AR, "--steps", 12, "--eval-every", 5, "--log-every", 100]
+    true, calls = getattr(hita, loss), iter(range(1, 1000))
+
+    def diverging(*args):
+        terms = true(*args)
+        if next(calls) != at or not torch.is_grad_enabled():
+            return terms
+        return bad_gradient(terms) if isinstance(terms, Tensor) else tuple(map(bad_gradient, terms))
+
+    monkeypatch.setattr(hita, loss, diverging)
+    if module is train_ar:  # evaluation uses the same function
+        monkeypatch.setattr(train_ar, "evaluate", lambda *args: {"val": 0.0})
+
+    refused("grad.* not finite.*--resume", script, module, *flags)
+
+    saved = torch.load(f"out/{'llama' if module is train_ar else 'tokenizer'}.pt")
     assert saved["step"] == 5
-    assert all(x.isfinite().all() for x in [*saved["model"].values(), *saved["ema"].values()])
+    for x in [*saved["model"].values(), *saved["ema"].values()]:
+        assert x.isfinite().all()
+
+
+def test_signals_do_again_what_they_did_before(script, monkeypatch):
+    """After a run, after one that was stopped and after one that failed. `script` asks, too."""
+    def mine(number, frame):
+        raise AssertionError
+
+    before = [signal.signal(number, mine) for number in SIGNALS]
+    try:
+        script(train_tokenizer, *SMALL, "--steps", 1, "--gan-weight", 0)
+        assert [signal.getsignal(number) for number in SIGNALS] == [mine, mine]
+        stop = hita.Stop()
+        with pytest.raises(ZeroDivisionError), stop:
+            assert not stop.asked()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.asked()
+            1 / 0
+        assert [signal.getsignal(number) for number in SIGNALS] == [mine, mine]
+        monkeypatch.setattr(hita, "reconstruction_loss", Mock(side_effect=ZeroDivisionError))
+        with pytest.raises(ZeroDivisionError):
+            script(train_tokenizer, *SMALL, "--out", "two", "--gan-weight", 0)
+        assert [signal.getsignal(number) for number in SIGNALS] == [mine, mine]
+    finally:
+        for number, handler in zip(SIGNALS, before):
+            signal.signal(number, handler)
 
 
 def test_a_signal_ends_a_run_after_its_step(tmp_path):
@@ -1447,7 +2227,7 @@ def run_broken(place, args, start, rank, world):
     if rank == 0:
         setattr(owner, name, broken)
     sys.argv = ["script", *map(str, [*flags, *args]), "--device", "cpu"]
-    hita.run_script(script.main, "")
+    hita.run_script(script.main)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -1464,8 +2244,11 @@ def test_whatever_ends_a_run_ends_its_processes_with_a_traceback(place, script, 
             run.start()
         for run in runs:
             run.join(60)
-            hangs = run.exitcode is None and (os.killpg(run.pid, signal.SIGKILL), run.join())
-            assert run.exitcode != 0 and not hangs
+            if run.exitcode is None:
+                os.killpg(run.pid, signal.SIGKILL)
+                run.join()
+                pytest.fail(f"{place}: the run hangs")
+            assert run.exitcode != 0
             with pytest.raises(ProcessLookupError):  # soon nothing of its group is left
                 for _ in range(50):
                     os.killpg(run.pid, 0)
@@ -1479,11 +2262,117 @@ def test_parts_of_a_batch_and_recomputed_activations_give_the_same_losses(script
     script(train_tokenizer, *run, "--out", "tok0")
     script(train_tokenizer, *run, "--out", "tok1", "--recompute")
     same_figures("tok0/tokenizer.jsonl", "tok1/tokenizer.jsonl", "rec", "codebook", "psnr")
+
     none = ["--dropout", 0, "--token-dropout", 0, "--class-dropout", 0]
     for n in (1, 2):
         script(train_ar, "--tokenizer", "tok0/tokenizer.pt", "--out", f"ar{n}", *SMALL_AR,
                *none, "--accumulate", n)
     same_figures("ar1/llama.jsonl", "ar2/llama.jsonl", "global", "patch", "val_patch")
+
+
+# ---- a pair is one file; fine-tuning -------------------------------------------
+
+def test_a_trained_pair_is_one_file_that_does_everything(script, tmp_path, capsys):
+    script(train_tokenizer, *SMALL)
+    script(train_ar, *SMALL_AR)
+    tokenizer, llama = hita.load("out/llama.pt")
+    assert equal(tokenizer.state_dict(), hita.load_tokenizer("out/tokenizer.pt").state_dict())
+    Path("alone").mkdir()
+    shutil.copy("out/llama.pt", "alone/llama.pt")
+    shutil.rmtree("out")
+
+    copied = hita.load("alone/llama.pt")
+    assert equal(copied[0].state_dict(), tokenizer.state_dict())
+    assert equal(copied[1].state_dict(), llama.state_dict())
+    script(sample, "--out", "alone", "--num", 1)
+    picture = "data/val/class0/0.png"
+    script(sample, "--out", "alone", "--reconstruct", picture)
+    script(sample, "--out", "alone", "--complete", picture, "--class", 1, "--num", 1)
+    script(train_tokenizer, "--eval", "alone/llama.pt")
+    script(train_ar, "--out", "alone", "--resume", "--steps", 5)
+    script(train_tokenizer, *SMALL, "--steps", 1, "--init-from", "alone/llama.pt", "--out", "fine1")
+    capsys.readouterr()
+    script(train_ar, *SMALL_AR, "--steps", 1, "--init-from", "alone/llama.pt", "--out", "fine2")
+    assert "token ids are those of the tokenizer in alone/llama.pt" in capsys.readouterr().out
+    assert Path("fine2/llama.pt").exists()
+
+
+def test_exported_weights_are_half_as_large_name_no_path_and_go_on(script, tmp_path, capsys):
+    script(train_tokenizer, *SMALL)
+    script(train_ar, *SMALL_AR)
+    for kind, module in (("tokenizer", train_tokenizer), ("llama", train_ar)):
+        script(module, "--export", f"{kind}.pt")
+        assert f"{kind}.pt: " in capsys.readouterr().out
+        assert str(tmp_path).encode() not in Path(f"{kind}.pt").read_bytes()
+        refused("exists already", script, module, "--export", f"{kind}.pt")
+    exported = torch.load("llama.pt")
+    for weights in (exported["ema"], exported["tokenizer"]["ema"]):
+        assert {x.dtype for x in weights.values() if x.dim() > 1} == {torch.float16}
+        assert {x.dtype for x in weights.values() if x.dim() == 1} == {torch.float32}
+    for exact, half in zip(hita.load("out/llama.pt"), hita.load("llama.pt")):
+        for a, b in zip(exact.parameters(), half.parameters()):
+            assert b.dtype == torch.float32 and torch.allclose(a, b, atol=1e-3, rtol=1e-3)
+    shutil.rmtree("out")
+
+    script(sample, "--llama", "llama.pt", "--num", 1)
+    refused("give --data", script, train_ar, *SMALL_AR, "--tokenizer", "tokenizer.pt")
+    start = *SMALL_AR, "--steps", 1, "--data", "data"
+    script(train_ar, *start, "--tokenizer", "tokenizer.pt", "--out", "again")
+    script(train_ar, *start, "--init-from", "llama.pt", "--out", "fine")
+
+
+def test_a_start_has_the_settings_of_the_file_and_some_may_change(script, capsys):
+    script(train_tokenizer, *SMALL, "--steps", 1)
+    script(train_ar, *SMALL_AR, "--steps", 1)
+    recipe = ["--batch-size", 4, "--steps", 1, "--gan-width", 16, "--out", "fine"]
+    script(train_tokenizer, "--init-from", "out/tokenizer.pt", "--data", "data", *recipe,
+           "--k", 3, "--image-size", 32, "--beta", 0.5)
+    said = capsys.readouterr().out
+    assert "6 x 6 patches: resized to 8 x 8" in said
+    assert "has no discriminator of this width" in said
+    before, after = (torch.load(f"{out}/tokenizer.pt")["config"] for out in ("out", "fine"))
+    assert after == before | {"k": 3, "image_size": 32, "beta": 0.5}
+    for name, value in ((["--latent-dim", 32], "latent_dim is 16"), (["--heads", 2], "heads is 4"),
+                        (["--no-centre"], "centre is True"), (["--dino", "x"], "dino is none"),
+                        (["--channel-mult", "1,2"], "channel_mult")):
+        refused(f"{value}.* in out/tokenizer.pt .*cannot become", script, train_tokenizer,
+                "--init-from", "out/tokenizer.pt", "--out", "third", *name)
+
+    start = train_ar, "--init-from", "out/llama.pt", "--steps", 1, "--batch-size", 4
+    script(*start, "--out", "fine", "--dropout", 0.25)
+    assert torch.load("fine/llama.pt")["config"]["dropout"] == 0.25
+    assert hita.load("fine/llama.pt")[0].cfg.k == 3  # the tokenizer in the run directory
+    refused("layers is 1 in out/llama.pt", script, *start, "--out", "third", "--layers", 2)
+
+
+def test_a_start_takes_discriminator_resized_positions_and_known_classes(tmp_path, capsys):
+    tokenizer, source = save_tiny(tmp_path)
+    known = hita.PatchDiscriminator(8)
+    weights = hita.read_checkpoint(tmp_path / "tokenizer.pt", "tokenizer")
+    weights["discriminator"] = known.state_dict()
+    larger, D = tiny(image_size=24), hita.PatchDiscriminator(8)
+    train_tokenizer.start_from(larger, D, weights, "x.pt")
+    assert equal(D.state_dict(), known.state_dict())
+    for name in ("extractor.positions", "fusion.positions"):
+        expected = hita.resize_positions(tokenizer.get_parameter(name), 6, 6)
+        assert torch.equal(larger.get_parameter(name), expected)
+    assert "4 x 4 patches: resized to 6 x 6" in capsys.readouterr().out
+
+    weights = hita.read_checkpoint(tmp_path / "llama.pt", "llama")
+    llama = tiny_llama()
+    train_ar.start_from(llama, weights, list("abcde"), "x.pt")
+    assert equal(llama.state_dict(), source.state_dict()) and not capsys.readouterr().out
+    train_ar.start_from(tiny_llama(grid=6), weights, list("abcde"), "x.pt")
+    for classes in (list("abc"), list("abcdx")):
+        llama = tiny_llama(num_classes=len(classes))
+        new = llama.class_embedding.weight.detach().clone()
+        train_ar.start_from(llama, weights, classes, "x.pt")
+        assert "other classes: those here start anew" in capsys.readouterr().out
+        assert torch.equal(llama.class_embedding.weight[:-1], new[:-1])
+        assert torch.equal(llama.class_embedding.weight[-1], source.class_embedding.weight[-1])
+        assert torch.equal(llama.patch_head.weight, source.patch_head.weight)
+    refused("x.pt does not fit", train_ar.start_from, tiny_llama(dim=24), weights, list("abcde"),
+            "x.pt")
 
 
 def test_the_readmes_fine_tuning_ends_in_pictures(script, tmp_path, monkeypatch):
@@ -1496,8 +2385,9 @@ def test_the_readmes_fine_tuning_ends_in_pictures(script, tmp_path, monkeypatch)
         **few, lpips_weight=0, gan_weight=0))
     monkeypatch.setitem(train_ar.RECIPES, "B", train_ar.Training(**few))
     save_tiny(tmp_path / "theirs", llama=tiny_llama(layers=1))
-    monkeypatch.setattr(hita, "released_file", lambda name, kind: {
-        "hita-u": "theirs/tokenizer.pt", "hita-u-b-250e": "theirs/llama.pt"}[name])
+    files = {"hita-u": "theirs/tokenizer.pt", "hita-u-b-250e": "theirs/llama.pt"}
+    monkeypatch.setattr(hita, "released_file", lambda path, kind: files.get(str(path), path))
+
     text = (ROOT / "README.md").read_text()
     lines = re.findall(r"^python (\S+) (.* --out out-fine.*?)(?:  +#.*)?$", text, re.MULTILINE)
     assert [name for name, _ in lines] == ["train_tokenizer.py", "train_ar.py", "sample.py"]
@@ -1507,109 +2397,69 @@ def test_the_readmes_fine_tuning_ends_in_pictures(script, tmp_path, monkeypatch)
     assert Path("out-fine/samples.png").exists()
 
 
-def test_exported_weights_go_on_and_a_changed_tokenizer_is_named(script, tmp_path, capsys):
-    script(train_tokenizer, *SMALL)
-    script(train_ar, *SMALL_AR)
-    for kind, module in (("tokenizer", train_tokenizer), ("llama", train_ar)):
-        script(module, "--export", f"{kind}.pt")
-        of_run, exported = (hita.load_model(f, kind) for f in (f"out/{kind}.pt", f"{kind}.pt"))
-        assert hita.fingerprint(of_run) == hita.fingerprint(exported)
-        assert f"{kind}.pt: " in capsys.readouterr().out
-        assert str(tmp_path).encode() not in Path(f"{kind}.pt").read_bytes()
-        weights = torch.load(f"{kind}.pt")["ema"].values()
-        assert {x.dtype for x in weights if x.dim() > 1} == {torch.float16}
-        refused("exists already", script, module, "--export", f"{kind}.pt")
-    script(train_tokenizer, "--resume", "--steps", 5)
-    refused("not .any more. this Llama's", script, sample)
-    said = refused("not .any more. this Llama's", script, train_ar, "--resume")
-    flags = re.search("python train_ar.py (.*) --out", said)[1].replace("FILE", "out/tokenizer.pt")
-    script(train_ar, *flags.split(), *SMALL_AR, "--out", "again")
-    script(sample, "--out", "again", "--num", 1)
-    script(sample, "--out", "again", "--reconstruct", "data/val/class0/0.png")
-    Path("again").rename("elsewhere")  # the hash decides, not the path
-    Path("elsewhere/tokenizer.pt").write_bytes(Path("out/tokenizer.pt").read_bytes())
-    Path("out").rename("gone")
-    script(sample, "--out", "elsewhere", "--num", 1)
-    script(sample, "--llama", "llama.pt", "--num", 1)  # exported, as is its tokenizer
-    Path("tokenizer.pt").rename("mine.pt")
-    refused("this Llama's.*--tokenizer", script, sample, "--llama", "llama.pt", "--num", 1)
-    script(sample, "--llama", "llama.pt", "--num", 1, "--tokenizer", "mine.pt")
-    script(train_tokenizer, "--eval", "mine.pt", "--data", "data")
-    refused("elsewhere.*--data", script, train_ar, "--tokenizer", "mine.pt")
+# ---- uses of pictures, and evaluation -------------------------------------------
+
+def test_prints_is_a_released_model_in_all_uses(script, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
+    pictures = sorted((hita.embedded_data() / "val/flag").iterdir())[:2]
+    for name, flags in (
+            ("samples", ["--class", "flag", "face-happy"]), ("style", ["--style", *pictures]),
+            ("complete", ["--complete", *pictures, "--class", "flag"])):
+        script(sample, *flags, "--num", 2)
+        assert "using prints" in capsys.readouterr().out and Path(f"out/{name}.png").exists()
+
+    start = ["--init-from", "prints", "--data", "data", "--steps", 1, "--workers", 0,
+             "--batch-size", 2]
+    script(train_tokenizer, *start, "--gan-weight", 0, "--out", "out-t")
+    assert figures("out-t/tokenizer.jsonl")[-1]["psnr"] > 8  # on noise
+    saved = torch.load("out-t/tokenizer.pt")
+    assert saved["recipe"]["gan_start"] == train_tokenizer.RECIPES["prints"].gan_start
 
 
-def test_fine_tuning_takes_what_fits_and_starts_other_classes_anew(script, capsys):
-    script(train_tokenizer, *SMALL)
-    saved = torch.load("out/tokenizer.pt")
-    cfg = hita.TokenizerConfig(**saved["config"])
-    tokenizer, D = hita.HitaTokenizer(cfg), hita.PatchDiscriminator(8)
-    train_tokenizer.start_from(tokenizer, D, "out/tokenizer.pt")
-    for model, name in ((tokenizer, "ema"), (D, "discriminator")):
-        assert all(map(torch.equal, model.state_dict().values(), saved[name].values()))
-    flags = *SMALL, "--out", "new", "--init-from", "out/tokenizer.pt"
-    script(train_tokenizer, *flags, "--k", 3)  # k may change
-    script(train_tokenizer, *SMALL, "--no-centre", "--out", "plain", "--steps", 1)
-    for wrong, message in (
-            (["--latent-dim", 32], "needs --latent-dim 16$"), (["--no-centre"], "needs --centre$"),
-            (["--init-from", "plain/tokenizer.pt"], "--no-centre"), (["--heads", 2], "--heads 4"),
-            (["--channel-mult", "1,2"], "needs --channel-mult 1,1,2$"),
-            (["--gan-width", 16], "needs --gan-width 8"),
-            (["--init-from", "prints"], "--latent-dim 160 .*, or --preset prints")):
-        refused(message, script, train_tokenizer, *flags, "--out", "third", *wrong)
-    tokenizer, source = save_tiny(Path("tiny"))
-    larger, D = tiny(image_size=24), hita.PatchDiscriminator(8)
-    train_tokenizer.start_from(larger, D, "tiny/tokenizer.pt")
-    assert "4 x 4 patches: resized to 6" in capsys.readouterr().out
-    for name in ("extractor.positions", "fusion.positions"):
-        expected = hita.resize_positions(tokenizer.get_parameter(name), 6, 6)
-        assert torch.equal(larger.get_parameter(name), expected)
-    llama, path, own = tiny_llama(), "tiny/llama.pt", hita.fingerprint(tokenizer)
-    train_ar.start_from(llama, path, list("abcde"), own)
-    assert not capsys.readouterr().out
-    train_ar.start_from(tiny_llama(grid=6), path, list("abcde"), "unknown")
-    train_ar.start_from(llama, path, list("abcde"), "another")
-    assert "ids mean something else" in capsys.readouterr().out
-    assert all(map(torch.equal, llama.state_dict().values(), source.state_dict().values()))
-    llama = tiny_llama(num_classes=3)
-    new = llama.class_embedding.weight.detach().clone()
-    train_ar.start_from(llama, path, list("abc"), own)
-    assert torch.equal(llama.class_embedding.weight[:3], new[:3])
-    assert torch.equal(llama.class_embedding.weight[3], source.class_embedding.weight[5])
-    assert torch.equal(llama.patch_head.weight, source.patch_head.weight)
-    refused("needs --dim 16", train_ar.start_from, tiny_llama(dim=24), path, list("abc"), own)
-
-
-# ---- uses and evaluation -----------------------------------------------------
-
-def test_classes_go_by_name_or_index_and_choose_the_model_where_nothing_was_trained():
+def test_classes_go_by_name_or_index():
     names = ["cat", "face-happy", "flag", "Flag", "red  panda"]
     find = sample.class_indices
     assert find(["face-happy", "2", "Face-Happy", "Flag"], names) == [1, 2, 1, 3]
-    assert find(None, names[:3]) == [0, 1, 2] and len(find(None, list(map(str, range(50))))) == 12
+    assert find(None, names[:3]) == [0, 1, 2]
+    assert len(find(None, list(map(str, range(50))))) == 12
     assert find(["17", "2", "002"], ["17", "5", "2", "002"]) == [0, 2, 3]
     assert find(["1", "0"], ["17", "5"]) == [1, 0]
     for wrong, message in (("face-hapy", "face-happy"), ("5", "0 to 4"), ("-1", "0 to 4"),
                            ("--5", "no class is called --5"), ("FLAG", r"index: \[2, 3\]")):
         refused(message, find, [wrong], names)
-    choose = lambda asked: sample.default_llama(argparse.Namespace(out="out", classes=asked))
-    for asked in (None, ["face-happy", "FLAG"], ["fase-happy"], hita.load_llama("prints").classes):
+
+
+def test_classes_choose_the_model_where_nothing_was_trained():
+    def choose(asked):
+        return sample.default_llama(argparse.Namespace(out="out", classes=asked))
+
+    prints = hita.load_llama("prints").classes
+    for asked in (None, ["face-happy", "FLAG"], ["fase-happy"], prints):
         assert choose(asked) == "prints"
     for name in ("207", "tabby", "crane", "golden_retriever", "-1"):
         assert choose([name]) == sample.IMAGENET
-    refused("tabby: .* one after the other", choose, ["tabby", "flag"])
 
 
 def test_a_released_model_is_fetched_without_its_dino_and_shown_at_256_px(small_released, script):
     script(sample, "--class", "golden_retriever", "--num", 1)
     assert small_released[2] == ["ultra/GPT-B/GPT-B-250e.pt", "ultra/tokenizer/hita-ultra.pt"]
     assert Image.open("out/samples.png").size == (256, 256)
+
     tokenizer = small_released[0]
-    found = torch.randint(16384, (3, 128)), torch.randint(16384, (3, 441))
-    images = sample.decode(tokenizer, *found)
-    assert torch.allclose(images, tokenizer.decode(*found), atol=1e-5)
+    both = torch.randint(16384, (3, 128)), torch.randint(16384, (3, 441))
+    images = sample.decode(tokenizer, *both)
+    assert torch.allclose(images, tokenizer.decode(*both), atol=1e-5)
     assert torch.equal(sample.published_size(images, native=True), images)
     expected = F.interpolate(images, 256, mode="bicubic", antialias=False, align_corners=False)
     assert torch.equal(sample.published_size(images, native=False), expected)
+
+
+def test_a_llama_without_dropped_classes_draws_without_guidance(script, tmp_path, capsys):
+    save_tiny(tmp_path / "out", llama=tiny_llama(class_dropout=0.0))
+    script(sample, "--num", 1)
+    assert "class_dropout 0: drawing without guidance" in capsys.readouterr().out
+    refused("class_dropout 0", script, sample, "--num", 1, "--cfg-scale", 2)
+    script(sample, "--num", 1, "--cfg-scale", 1)
 
 
 @pytest.fixture
@@ -1619,10 +2469,11 @@ def shown(script, tmp_path, monkeypatch):
         pixels = np.random.default_rng(i).integers(0, 255, (5, 5, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((30, 20)).save(tmp_path / name)
     own_decode, tokenizer = sample.decode, tiny()
+    # A picture's global codes become opposite to those of the other.
     tokenizer.extractor.queries.data.zero_()
     images = torch.cat([hita.load_picture(name, 16) for name in ("a.png", "b.png")])
-    mean = tokenizer.embed(images, None)[0].mean(dim=(0, 1))
-    tokenizer.global_down.bias.data -= mean  # now a's global codes are opposite to b's
+    mean = tokenizer.to_latents(images, no_features())[0].mean(dim=(0, 1))
+    tokenizer.global_down.bias.data -= mean
     save_tiny(tmp_path / "out", tokenizer)
 
     def run(*args):
@@ -1635,112 +2486,90 @@ def shown(script, tmp_path, monkeypatch):
     return run
 
 
-def test_style_takes_globals_of_others_and_a_sample_keeps_its_own(shown, capsys):
+def test_style_takes_globals_of_others(shown, capsys):
     pairs, columns, _ = shown("--reconstruct", "a.png", "b.png")
     assert columns == 2 and capsys.readouterr().out.count(" dB") == 2
     other, columns, _ = shown("--style", "b.png", "--from", "a.png")
     assert columns == 2 and len(other) == 4
     matrix, columns, _ = shown("--style", "a.png", "b.png")
-    assert torch.allclose(other[3], matrix[7], atol=1e-3)
     assert columns == 3 and len(matrix) == 9
+    assert torch.allclose(other[3], matrix[7], atol=1e-3)
     assert torch.equal(matrix[[3, 6]], pairs[[0, 2]])  # the margins
     assert torch.equal(matrix[[1, 2]], pairs[[0, 2]])
     assert torch.allclose(matrix[[4, 8]], pairs[[1, 3]], atol=1e-3)
-    assert (matrix[5] - matrix[4]).abs().max() > 0.01 < (matrix[7] - matrix[8]).abs().max()
-    pictures, columns, decoded = shown("--keep-globals", "--class", "2", "--num", 4)
-    (same, patches), (globals_, same_patches) = decoded
-    assert columns == 4 and torch.equal(pictures[0], pictures[4])  # the sample itself
-    assert all(len(x.unique(dim=0)) == 1 for x in (same, same_patches))
-    assert all(len(x.unique(dim=0)) == 4 for x in (globals_, patches))
+    assert (matrix[5] - matrix[4]).abs().max() > 0.01
+    assert (matrix[7] - matrix[8]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("source", ["visible", "sampled", "full"])
-def test_a_completion_keeps_what_is_given(shown, source):
+def test_a_completion_keeps_what_is_given(shown):
     how = "--complete", "a.png", "--class", "3", "--num", 3
-    pictures, columns, (decoded,) = shown(*how, "--keep", 0.5, "--globals", source)
+    pictures, columns, (decoded,) = shown(*how, "--keep", 0.5)
     tokenizer, image = hita.load_tokenizer("out/tokenizer.pt"), hita.load_picture("a.png", 16)
-    visible = image.clone()
-    visible[:, :, 8:] = image[:, :, :8].mean(dim=(2, 3), keepdim=True)
+    given = image.clone()
+    given[:, :, 8:] = image[:, :, :8].mean(dim=(2, 3), keepdim=True)
     assert columns == 5 and torch.equal(pictures[:1], image)
-    assert torch.allclose(pictures[1:2, :, 9:], visible[:, :, 9:], atol=1e-6)
-    found = torch.cat(decoded, dim=1)
-    g, p = tokenizer.encode(image if source == "full" else visible)
-    assert torch.equal(found[:, 6:6 + 8 - 2], p[:, :6].expand(3, -1))  # two rows but the last k
-    assert not torch.equal(found[:, 12:14], p[:, 6:8].expand(3, -1))
-    assert torch.equal(found[:, :6], g.expand(3, -1)) == (source != "sampled")
-    assert not torch.equal(found[0, 14:], found[1, 14:])
+    assert torch.allclose(pictures[1:2, :, 9:], given[:, :, 9:], atol=1e-6)
+
+    drawn = torch.cat(decoded, dim=1)
+    g, p = tokenizer.encode(given)
+    assert torch.equal(drawn[:, :6], g.expand(3, -1))
+    assert torch.equal(drawn[:, 6:6 + 8 - 2], p[:, :6].expand(3, -1))  # two rows but the last k
+    assert not torch.equal(drawn[:, 12:14], p[:, 6:8].expand(3, -1))
+    assert not torch.equal(drawn[0, 14:], drawn[1, 14:])
+
     save_tiny(Path("one"), tiny(image_size=4), tiny_llama(grid=1))  # has one row of patches
     for wrong, message in ((["--keep", 0.01], "--keep"), (["--keep", 0.999], "--keep"),
                            (["--out", "one"], "rows of"), (["--class", 0], "2 classes for 1")):
         refused(message, shown, *how, *wrong)
 
 
-def test_many_pictures_go_to_an_npz_file_single_ones_to_a_folder(script, tmp_path, monkeypatch):
+def test_many_pictures_go_to_an_npz_file(script, tmp_path, monkeypatch):
     save_tiny(tmp_path / "out")
-    Path("one.npz.tmp").write_text("mine")
     script(sample, "--count", 130, "--npz", "one.npz")
     flags = "--out", tmp_path / "out", "--count", 130, "--npz", tmp_path / "two.npz"
     assert "130 pictures in" in two_processes("sample.py", *flags)
     monkeypatch.setattr(torch, "compile", lambda step, **how: step)
     script(sample, "--count", 130, "--npz", "three.npz", "--compile")  # chunks of one size
+
     one, *others = (np.load(f"{name}.npz") for name in ("one", "two", "three"))
     assert one["arr_0"].shape == (130, 16, 16, 3) and one["arr_0"].dtype == np.uint8
     assert one["arr_1"].dtype == np.int64 and np.array_equal(one["arr_1"], np.arange(130) % 5)
-    assert all(np.array_equal(one[x], other[x]) for other in others for x in ("arr_0", "arr_1"))
-    names = sorted(path.name for path in tmp_path.glob("*npz*"))
-    assert names == ["one.npz", "one.npz.tmp", "three.npz", "two.npz"]
+    for other in others:
+        assert np.array_equal(one["arr_0"], other["arr_0"])
+        assert np.array_equal(one["arr_1"], other["arr_1"])
+    left = sorted(path.name for path in tmp_path.glob("*npz*"))
+    assert left == ["one.npz", "three.npz", "two.npz"]
+
+
+def test_single_pictures_go_to_a_folder_whatever_their_class_is_called(tmp_path):
     pixels, folder = np.zeros((2, 8, 8, 3), np.uint8), tmp_path / "x"
-    folder.mkdir()
-    for name in ("00007-mine.png", "00007-cat.png"):
-        (folder / name).touch()
     sample.write_single(pixels, [0, 1], ["../../up", "x" * 300, "cat"], folder)
-    left = sorted(path.name for path in folder.iterdir())
-    assert left == ["00000-.._.._up.png", f"00001-{'x' * 60}.png", "00007-mine.png"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "00000-.._.._up.png", f"00001-{'x' * 60}.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_what_cannot_work_or_be_written_is_refused_early(script, tmp_path, monkeypatch):
+def test_what_cannot_work_or_be_written_is_refused(script, tmp_path, monkeypatch):
     save_tiny(tmp_path / "out")
     sizes = dict(global_codebook_size=16)
     save_tiny(Path("sizes"), tiny(**sizes), tiny_llama(**sizes))
     one = script, sample, "--num", 1
-    script(*one[1:], "--out", "sizes")
     refused(r"one size, not \(16, 32\)", *one, "--out", "sizes", "--released-sampling")
-    alone = {**torch.load("sizes/llama.pt"), "made_from": {}}  # does not know its tokenizer
-    torch.save(alone, "alone.pt")
-    flags = "--llama", "alone.pt", "--tokenizer", "out/tokenizer.pt"
-    refused("global_codebook_size is 32 .* 16", *one, *flags)
-    for path in ("folder.png", "folder.npz"):
-        Path(path).mkdir()
-    for path in ("file", "new"):
-        Path(path).write_text("mine")
-    monkeypatch.setattr(hita.Llama, "generate", None)
+    refused("global_codebook_size is 32 .* 16", *one, "--llama", "sizes/llama.pt",
+            "--tokenizer", "out/tokenizer.pt")
+
+    Path("file").write_text("mine")
+    monkeypatch.setattr(hita.Llama, "generate", None)  # nothing is drawn in vain
     monkeypatch.setattr(hita.HitaTokenizer, "encode", None)
     for flags, named in (
-            ("--image x.psd", "x.psd"), ("--image folder.png", "folder.png"),
-            ("--image x.hdf", "hdf"), ("--image out/llama.pt/x.png", "llama.pt"),
-            ("--image x.webp --num 1000", "1002"), ("--single --image new.png", "new cannot"),
-            ("--npz folder.npz", "folder.npz"), ("--npz file/x.npz", "file/x.npz"),
-            ("--image x.ico", "x.ico"), ("--out typo", "typo/llama.pt"),
+            ("--image x.psd", "x.psd"), ("--image out/llama.pt/x.png", "llama.pt"),
+            ("--npz file/x.npz", "file/x.npz"), ("--out typo", "typo/llama.pt"),
             ("--reconstruct a.png --out file", "file")):
         refused(named, script, sample, "--class", "a", *flags.split())
     evaluation = train_tokenizer, "--eval", "out/tokenizer.pt", "--data", "data"
     for flags in (["--out", "file"], ["--npz", "file/x"]):
-        refused("file.* cannot be written", script, *evaluation, *flags)
-    refused("file.* cannot be written", script, train_tokenizer, *SMALL, "--out", "file/deep")
-    monkeypatch.setattr(hita.shutil, "disk_usage", lambda path: Mock(free=2 * 5 * 3 * 16 ** 2))
-    refused("7.68e-06 GB, 7.68e-06 GB are free", *one, "--npz", "new.npz")
-    assert not Path("typo").exists() and not list(tmp_path.glob("*new.npz*"))
-
-
-def test_embedded_pictures_are_unpacked_and_stderr_may_be_closed(script, tmp_path, monkeypatch):
-    save_tiny(tmp_path / "out")
-    shutil.make_archive("mini64", "zip", "data")
-    monkeypatch.setattr(hita, "EMOJI", tmp_path / "mini64.zip")
-    script(sample, "--reconstruct", "mini64/val/class0/0.png")
-    assert Path("out/reconstruct.png").exists()
-    monkeypatch.setattr(sys, "stderr", None)
-    hita.run_script(lambda: script(sample, "--class", "a", "--num", 1), "")
-    assert Path("out/samples.png").exists()
+        refused("cannot write .*file", script, *evaluation, *flags)
+    refused("cannot write .*file", script, train_tokenizer, *SMALL, "--out", "file/deep")
 
 
 def test_swap_is_psnr_where_the_decoder_ignores_the_globals(script):
@@ -1748,42 +2577,52 @@ def test_swap_is_psnr_where_the_decoder_ignores_the_globals(script):
     nn.init.normal_(tokenizer.decoder.conv_out.weight, std=0.2)
     _, _, patch_ids = train_tokenizer.encode_all(tokenizer, data, 1, 0)
     others = torch.randint(32, (30, 6))  # these have bits
-    measure = lambda: train_tokenizer.evaluate(tokenizer, data, Path("x.png"), 0, others=others)
-    expected = [hita.psnr(data[0, i][0][None], tokenizer.decode(others[[i]], patch_ids[[i]]))
+    measure = partial(train_tokenizer.evaluate, tokenizer, data, Path("x.png"), 0, others=others)
+
+    expected = [hita.psnr(data[i][0][None], tokenizer.decode(others[[i]], patch_ids[[i]]))
                 for i in range(len(data))]
-    found = measure()
-    assert found["swap"] == approx(torch.cat(expected).mean().item(), abs=1e-4)
-    assert abs(found["swap"] - found["psnr"]) > 1e-3
+    measured = measure()
+    assert measured["swap"] == approx(torch.cat(expected).mean().item(), abs=1e-4)
+    assert abs(measured["swap"] - measured["psnr"]) > 1e-3
+
     nn.init.zeros_(tokenizer.global_up.weight)
-    found = measure()
-    assert found["swap"] == approx(found["psnr"], abs=1e-4)
+    measured = measure()
+    assert measured["swap"] == approx(measured["psnr"], abs=1e-4)
 
 
 def test_linear_probe_finds_the_optimum():
     centres = torch.randn(3, 4)
     y, val_y = torch.arange(60) % 3, torch.arange(300) % 3
     x, val_x = centres[y] + torch.randn(60, 4), centres[val_y] + torch.randn(300, 4)
-    norm = lambda v: (v - x.mean(0)) / x.std(0)
-    # least squares where a row sqrt(decay n) a feature stands below the data
-    left = torch.cat([norm(x), 6 ** 0.5 * torch.eye(4)])
+
+    def standardised(v: Tensor) -> Tensor:
+        return (v - x.mean(dim=0)) / x.std(dim=0)
+
+    # Least squares where a row sqrt(decay n) a feature stands below the data.
+    left = torch.cat([standardised(x), 6 ** 0.5 * torch.eye(4)])
     right = torch.cat([F.one_hot(y) - 1 / 3, torch.zeros(4, 3)])
-    expected = (norm(val_x) @ torch.linalg.lstsq(left, right).solution).argmax(1)
-    found = train_tokenizer.linear_probe(x, y, val_x)
-    assert torch.equal(found, expected) and 0.4 < (found == val_y).float().mean() < 0.99
+    solution = torch.linalg.lstsq(left, right).solution
+    expected = (standardised(val_x) @ solution).argmax(dim=1)
+    guess = train_tokenizer.linear_probe(x, y, val_x)
+    assert torch.equal(guess, expected)
+    assert 0.4 < (guess == val_y).float().mean() < 0.99
 
 
 @pytest.mark.parametrize("flags", [
-    ["--num-global", 0, "--k", 0], ["--k", 0], ["--k", 6, "--no-centre"],
+    ["--num-global", 0], ["--k", 0], ["--k", 6, "--no-centre", "--no-revive-codes"],
     ["--dino", VIT, "--dino-dim", 384]])
 def test_ablations_work_to_the_evaluation(flags, script, vit_file, small_dino, monkeypatch):
     dino = ["--dino-file", vit_file] if "--dino" in flags else []
-    script(train_tokenizer, *SMALL, *flags, *dino, "--steps", 1)
+    k = [] if "--k" in flags or "--num-global" in flags else ["--k", 2]
+    at = SMALL.index("--k")
+    script(train_tokenizer, *SMALL[:at], *SMALL[at + 2:], *k, *flags, *dino, "--steps", 1)
     script(train_ar, *SMALL_AR, "--steps", 1)  # data and DINOv2: what the tokenizer had
     evaluate = Mock(wraps=train_tokenizer.evaluate)
     monkeypatch.setattr(train_tokenizer, "evaluate", evaluate)
     script(train_tokenizer, "--eval", "--npz", "out/val")
     script(sample, "--class", 1, "--num", 2)
     script(sample, "--complete", "data/val/class0/0.png", "--class", "1", "--num", 2)
+
     line, = figures("out/eval.jsonl")
     assert {"psnr", "patch_use", "patch_bits", "probe_patch", "probe_chance"} <= set(line)
     assert line["pictures"] == 30
@@ -1795,6 +2634,6 @@ def test_ablations_work_to_the_evaluation(flags, script, vit_file, small_dino, m
     originals, recon = (np.load(f"out/val-{kind}.npz")["arr_0"]
                         for kind in ("originals", "reconstructions"))
     assert originals.shape == recon.shape == (30, 24, 24, 3)
-    image = hita.Pictures("data", "val", 24)[0, 7][0]
+    image = hita.Pictures("data", "val", 24)[7][0]
     expected = ((image + 1) * 127.5).round().permute(1, 2, 0)
     assert np.array_equal(originals[7], expected.numpy().astype(np.uint8))
