@@ -888,7 +888,7 @@ def adversarial_loss(fake: Tensor) -> Tensor:
     return F.softplus(-fake.float()).mean()
 
 
-# ---- The generator: a Llama (Touvron et al. 2023; for images Sun et al. 2024) ---------------------
+# ---- The generator: a Llama (Touvron et al. 2023; for images Sun et al. 2024) --------------------
 
 def position_rotations(num_global: int, grid: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin (M + N, head_dim / 2) of the angles by which the channel pairs of queries and
@@ -1265,7 +1265,7 @@ def llama_losses(global_logits: Tensor, patch_logits: Tensor, global_ids: Tensor
     return global_loss, patch_loss
 
 
-# ---- Not in the paper: centring and revival, for short trainings on small data --------------------
+# ---- Not in the paper: centring and revival, for short trainings on small data -------------------
 
 class Centring(nn.Module):
     """Shift and scale each channel to mean 0 and variance 1 over the batch, like a BatchNorm
@@ -1352,7 +1352,8 @@ def count_ids(ids: Tensor, size: int) -> Tensor:
 
 # ---- Checks: what would otherwise be silently wrong ----------------------------------------------
 #
-# They look at values, which a compiler or an exporter does not have: there they look at shapes only.
+# They look at shapes and at values. A compiler or an exporter has no values, so there only shapes
+# are checked.
 
 def check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], size: int) -> None:
     """HitaError unless ids are int64, from 0 to size - 1, and of this shape; None fits any number.
@@ -1371,8 +1372,8 @@ def check_images(images: Tensor, stride: int, dtype: torch.dtype) -> None:
     """HitaError unless images are (B, 3, H, W) with sides that are multiples of the stride, and in
     [-1, 1]. A warning where they look like pictures in [0, 1], which would be encoded as pale
     ones."""
-    check(images.dtype == dtype, f"images are {images.dtype}, the weights are {dtype}: load_picture "
-                                 "makes such images, or x / 127.5 - 1 of bytes")
+    check(images.dtype == dtype, f"images are {images.dtype}, the weights are {dtype}: "
+                                 "load_picture makes such images, or x / 127.5 - 1 of bytes")
     sides_fit = images.dim() == 4 and images.shape[1] == 3 and not any(
         side % stride for side in images.shape[2:])
     check(sides_fit, f"images are {tuple(images.shape)}, they must be (B, 3, H, W) with H and W "
@@ -1455,7 +1456,8 @@ def set_up_device(name: str | None) -> torch.device:
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ValueError) as e:
-        raise HitaError(f"there is no device {name} here ({first_line(e)}): try --device cpu") from e
+        raise HitaError(
+            f"there is no device {name} here ({first_line(e)}): try --device cpu") from e
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -2061,8 +2063,9 @@ def choose(settings, args: argparse.Namespace, fixed: set[str] = frozenset(), wh
     given = {name: value for name, value in vars(args).items() if name in vars(settings)}
     for name in fixed & given.keys():
         value = getattr(settings, name)
-        check(given[name] == value, f"{name} is {value} {why} and cannot become {given[name]}: leave "
-                                    "the flag out, or start another run with another --out")
+        check(given[name] == value,
+              f"{name} is {value} {why} and cannot become {given[name]}: leave the flag out, or "
+              "start another run with another --out")
     return replace(settings, **given)
 
 

@@ -291,7 +291,7 @@ def write_single(array, class_ids: list[int], classes: list[str], folder: Path) 
         Image.fromarray(pixels).save(folder / f"{i:05d}-{names[c]}.png")
 
 
-# ---- Uses of pictures that you have; each gives pictures and the columns of their grid ------------
+# ---- Uses of pictures that you have; each gives pictures and the columns of their grid -----------
 
 def read(paths: list[str], tokenizer: hita.HitaTokenizer, device: torch.device) -> Tensor:
     """Picture files -> (B, 3, S, S) at the size that the tokenizer was trained with."""

@@ -222,8 +222,9 @@ def set_up(args) -> Run:
     if args.init_from is not None and not saved:
         source = hita.read_checkpoint(args.init_from, "tokenizer")
     cfg, recipe = choose_settings(args, saved, source)
-    hita.check(cfg.image_size >= 24 or recipe.gan_weight == 0, "the discriminator needs pictures of "
-               f"at least 24 pixels, image_size is {cfg.image_size}; train with --gan-weight 0")
+    hita.check(cfg.image_size >= 24 or recipe.gan_weight == 0,
+               f"the discriminator needs pictures of at least 24 pixels, image_size is "
+               f"{cfg.image_size}: train with --gan-weight 0")
     warn_of_short(recipe)
     device = hita.set_up_device(args.device)
     torch.backends.cudnn.benchmark = True
