@@ -1317,9 +1317,10 @@ class CodeRevival(nn.Module):
 
     @torch.no_grad()
     def step(self, quantizer: nn.Module, z: Tensor, ids: Tensor) -> None:
-        """z (B, T, C) is what was quantized, to ids (B, T). A frozen codebook never moves."""
+        """z (B, T, C) is what was quantized, to ids (B, T). A frozen codebook never moves, whether
+        it is frozen by eval mode or by requires_grad_(False)."""
         codebook = quantizer.codebook
-        if not codebook.requires_grad:
+        if not (quantizer.training and codebook.requires_grad):
             return
 
         self.hits *= 0.9  # a use is forgotten after 22 steps, when it counts less than 0.1
