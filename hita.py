@@ -1,8 +1,9 @@
 """Hita, the holistic tokenizer for autoregressive image generation, in one file.
 
 ICCV 2025, arXiv 2507.02358. Most image tokenizers give a picture one token per patch. Hita puts M
-*global* (holistic) tokens before them, which describe the picture as a whole. The decoder reads
-one state per patch, and reads it k positions early, so that it has to make use of the globals:
+*global* (holistic) tokens before them, which describe the picture as a whole. The decoder gets one
+state per patch, from a window that starts k positions before the patches. So no state knows its
+own patch, which, the paper says, makes the decoder use the globals:
 
     image (B, 3, H, W)
       Encoder             conv VQGAN, stride f                  -> (B, D, h, w), N = h*w
@@ -332,8 +333,9 @@ class DINOv2(nn.Module):
         try:
             if file is not None:  # then timm does not fetch the weights
                 given["state_dict"] = timm.models.load_state_dict(file, weights_only=True)
-            self.vit = timm.create_model(name, pretrained, num_classes=0, img_size=self.SIZE,
-                                         pretrained_cfg_overlay=given)
+            self.vit = timm.create_model(
+                name, pretrained or file is not None, num_classes=0, img_size=self.SIZE,
+                pretrained_cfg_overlay=given)
         except Exception as e:  # files, the network and timm raise many kinds
             raise HitaError(f"cannot load {name} from {file or 'the Hub'}: {first_line(e)} "
                             "(a file of weights is named by --dino-file)") from e
@@ -521,7 +523,7 @@ class VectorQuantizer(nn.Module):
     called with the same three arguments, of which it may ignore some, and it has two methods:
     forward: z (B, T, C) -> codes (B, T, C) with a gradient to z, ids (B, T) below the codebook
     size of the configuration, and a loss, perhaps 0;
-    lookup: ids (B, T) -> the same codes (B, T, C).
+    lookup: ids (B, T) -> the same codes (B, T, C), up to rounding.
     Codes are in float32, also under autocast."""
 
     def __init__(self, size: int, dim: int, beta: float = 0.25):
@@ -562,11 +564,13 @@ class Fusion(nn.Module):
         token      globals             | patches 0, 1, ...   | the last k patches
         cell             0    ...  k-1 | k   k+1 ... N-1     | -
 
-    The first k cells are made of global tokens alone, and cell k - 1 is the first to see all of
-    them. A later cell i also sees the patches up to i - k. With k > 0 no cell sees its own patch.
-    The last k patches reach no cell, yet the Llama predicts them like all others.
+    The first k cells are made of global tokens alone: cell i sees globals 0 to M - k + i, and cell
+    k - 1 is the first to see all of them. A later cell i also sees the patches up to i - k. With
+    k > 0 no cell sees its own patch. The last k patches reach no cell, yet the Llama predicts them
+    like all others. All this is said of the states; the decoder then mixes all cells.
 
-    According to the paper the decoder ignores the globals without this, at k = 0."""
+    The paper says that the decoder ignores the globals without this, at k = 0. On the small data
+    of this repository that does not show."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -625,7 +629,10 @@ class Fusion(nn.Module):
 
 def evaluates(method):
     """Decorator: a method of a module that runs in eval mode and without gradients, whatever mode
-    the module is in. Afterwards the mode is what it was, also after an error."""
+    the module is in. Afterwards the mode is what it was, also after an error.
+
+    Only the parts that are in train mode are switched, so that parts which a user holds in eval
+    mode stay so. Threads must not share a model that is in train mode."""
     @wraps(method)
     def evaluating(self, *args, **kwargs):
         in_training = [module for module in self.modules() if module.training]
@@ -641,13 +648,29 @@ def evaluates(method):
 
 
 def without_tf32(device: torch.device):
-    """Context in which convolutions on a GPU compute in float32. In TF32, which is torch's default
-    for them, about one id in a hundred would be another."""
+    """Context in which a GPU computes in float32 and not in TF32, which is torch's default for
+    convolutions, and with which about one id in a hundred would be another. It does nothing while
+    a model is compiled or exported: there the caller has to see to it."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return contextlib.nullcontext()
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic,
-                       allow_tf32=False)
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and newer
+        switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+        return temporarily(switches, "fp32_precision", "ieee")
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    return temporarily(switches, "allow_tf32", False)
+
+
+@contextlib.contextmanager
+def temporarily(owners: tuple, name: str, value):
+    """Context in which this attribute of the owners has this value."""
+    before = [getattr(owner, name) for owner in owners]
+    try:
+        for owner in owners:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, old in zip(owners, before):
+            setattr(owner, name, old)
 
 
 @dataclass
@@ -672,7 +695,8 @@ class HitaTokenizer(nn.Module):
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
         self.cfg = cfg
-        self.sources = {"data": "", "dino_file": None}  # of a loaded model: see Checkpoints
+        # Where the training pictures and DINOv2 came from. load_tokenizer fills this in.
+        self.sources = {"data": "", "dino_file": None}
         self.attach_dino(None)
         D, M = cfg.latent_dim, cfg.num_global
 
@@ -704,10 +728,14 @@ class HitaTokenizer(nn.Module):
     def attach_dino(self, dino: nn.Module | None) -> None:
         """Set the frozen features: the DINOv2 of the configuration, or any other module that turns
         images (B, 3, H, W) in [-1, 1] into one token for the whole picture and n for its parts,
-        (B, 1 + n, cfg.dino_dim), n a square. Its mode becomes eval, and it gets no gradient."""
+        (B, 1 + n, cfg.dino_dim), n a square. Its mode becomes eval, and it gets no gradient.
+        HitaError if the configuration has none."""
         if dino is not None:
+            check(self.cfg.uses_dino, "this configuration has no place for frozen features: give "
+                                      "dino a name, dino_dim their width, and have global tokens")
             dino.eval().requires_grad_(False)
-        # It is no submodule, so that no optimizer, average, DDP or checkpoint sees it.
+        # Set past nn.Module it is no submodule, so that no optimizer, average, DDP or checkpoint
+        # sees it.
         self.__dict__["dino"] = dino
 
     @torch.no_grad()
@@ -751,11 +779,13 @@ class HitaTokenizer(nn.Module):
         # Float32, whatever the caller has on: otherwise some ids would be others.
         with torch.autocast(device.type, enabled=False), without_tf32(device):
             global_z, patch_z = self.to_latents(images, self.dino_tokens(images))
-            check_finite("what the encoder computed", global_z, patch_z)
-            patch_ids = self.patch_quantizer(patch_z)[1]  # (B, N)
+            patch_codes, patch_ids, _ = self.patch_quantizer(patch_z)  # ids (B, N)
+            check_finite("the patch codes", patch_codes)
             if self.cfg.num_global == 0:
                 return patch_ids[:, :0], patch_ids  # (B, 0), (B, N)
-            return self.global_quantizer(global_z)[1], patch_ids  # (B, M), (B, N)
+            global_codes, global_ids, _ = self.global_quantizer(global_z)  # ids (B, M)
+            check_finite("the global codes", global_codes)
+            return global_ids, patch_ids
 
     @evaluates
     def decode(self, global_ids: Tensor, patch_ids: Tensor,
@@ -793,12 +823,14 @@ class HitaTokenizer(nn.Module):
         dino_tokens = self.dino_tokens(images)  # (B, 1 + n, dino_dim)
         global_z, patch_z = self.to_latents(images, dino_tokens)  # (B, M, C), (B, N, C)
         patch_codes, patch_ids, codebook_loss = self.patch_quantizer(patch_z)
-        global_codes, global_ids, feature_loss = global_z, patch_ids[:, :0], None
         if self.cfg.num_global > 0:
             global_codes, global_ids, global_loss = self.global_quantizer(global_z)
             codebook_loss = codebook_loss + global_loss
+        else:
+            global_codes, global_ids = global_z, patch_ids[:, :0]  # (B, 0, C), (B, 0)
 
         # Hita-U: the global codes alone have to tell what DINOv2 saw.
+        feature_loss = None
         if self.cfg.vfm_recon and self.training:
             target = dino_tokens[:, 1:].float()  # (B, n, dino_dim)
             side = math.isqrt(target.shape[1])
@@ -828,7 +860,7 @@ class HitaTokenizer(nn.Module):
 # codebook and, in Hita-U, feature loss.
 
 def reconstruction_loss(images: Tensor, recon: Tensor) -> Tensor:
-    """Twice the mean squared error: the released L2 term, and an MSE that its trainer adds."""
+    """Twice the mean squared error, because the released code adds it at two places."""
     return 2 * F.mse_loss(recon.float(), images)
 
 
@@ -892,14 +924,16 @@ def adversarial_loss(fake: Tensor) -> Tensor:
 
 def position_rotations(num_global: int, grid: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin (M + N, head_dim / 2) of the angles by which the channel pairs of queries and
-    keys are turned, for each input.
+    keys are turned, for each input:
 
-    Inputs 0 ... M-1 (the class and the globals but the last) are not turned: they have a learned
-    position instead. Input M+1+i is patch i and gets 2-D RoPE: half of its pairs turn with its
-    row, the other half with its column. Input M is the last global token, or the class if M = 0.
-    The released code leaves cos = sin = 0 there, so its query and key are zero: it looks at all
-    inputs before it alike, and those after it give it a logit of 0. We keep that, because the
-    released weights were trained with it."""
+        input 0 ... M-1     the class, the globals but the last   not turned: a learned position
+        input M             the last global (the class if M = 0)  cos = sin = 0
+        input M + 1 + i     patch i                               2-D RoPE: half of the pairs turn
+                                                                  with its row, half with its column
+
+    The released code leaves cos = sin = 0 at M, so query and key are zero there: this input looks
+    at itself and all before it alike, and those after it give it a logit of 0. We keep that,
+    because the released weights were trained with it."""
     pairs = head_dim // 2
     theta = 10000.0 ** (-2 * torch.arange(pairs // 2) / pairs)  # (pairs/2,)
     angle = torch.arange(grid)[:, None] * theta  # (grid, pairs/2)
@@ -907,8 +941,8 @@ def position_rotations(num_global: int, grid: int, head_dim: int) -> tuple[Tenso
     columns = angle.repeat(grid, 1)  # (N, pairs/2)
     cells = torch.cat([rows, columns], dim=1)  # (N, pairs)
 
-    # The last patch is never an input, so its row is cut off; inputs 0 ... M get angles of 0.
-    angles = F.pad(cells, (0, 0, num_global + 1, -1))  # (M + N, pairs)
+    # The last patch is never an input.
+    angles = torch.cat([cells.new_zeros(num_global + 1, pairs), cells[:-1]])  # (M + N, pairs)
     cos, sin = angles.cos(), angles.sin()
     cos[num_global] = 0.0
     return cos, sin
@@ -1100,35 +1134,41 @@ class Llama(nn.Module):
             random = (torch.rand(B, total, device=device) if seed is None
                       else random_numbers(class_ids, total, seed))
         check(random.shape == (B, total), f"random is {tuple(random.shape)}, not {(B, total)}")
-
-        # Guidance predicts with the class and without it, in one batch [with; without].
-        labels, known, scale = class_ids, ids, None
-        if isinstance(cfg_scale, Tensor) or cfg_scale != 1:
-            scale = torch.as_tensor(cfg_scale, dtype=torch.float32, device=device).expand(total)
-            check(bool((scale >= 0).all()), f"cfg_scale is {cfg_scale}, it must be 0 or more")
-            check(cfg.class_dropout > 0, "this model was trained with class_dropout 0 and cannot "
-                                         "be guided: use cfg_scale 1")
-            labels = torch.cat([class_ids, torch.full_like(class_ids, cfg.num_classes)])
-            known = torch.cat([ids, ids])
-
-        # The prompt, the class and the given ids, is read at once; then it goes on id by id.
         sizes = cfg.global_codebook_size, cfg.patch_codebook_size
         check(not released_sampling or sizes[0] == sizes[1],
               f"released_sampling needs codebooks of one size, not {sizes}")
+
+        # Guidance predicts with the class and without it, in one batch [with; without].
+        prompt_classes, prompt_ids = class_ids, ids
+        scale = None
+        if isinstance(cfg_scale, Tensor) or cfg_scale != 1:
+            scale = torch.as_tensor(cfg_scale, dtype=torch.float32, device=device)
+            check(scale.shape in ((), (total,)),
+                  f"cfg_scale is of shape {tuple(scale.shape)}, it must be a number or ({total},)")
+            check(bool((scale >= 0).all()), f"cfg_scale is {cfg_scale}, it must be 0 or more")
+            scale = scale.expand(total)
+            check(cfg.class_dropout > 0, "this model was trained with class_dropout 0 and cannot "
+                                         "be guided: use cfg_scale 1")
+            no_class = torch.full_like(class_ids, cfg.num_classes)
+            prompt_classes = torch.cat([class_ids, no_class])  # (2B,)
+            prompt_ids = torch.cat([ids, ids])  # (2B, P)
+
+        # The prompt, the class and the given ids, is read at once; then it goes on id by id.
         num_as_global = max(0, M - 1) if released_sampling else M
-        x = self.embed(labels, known[:, :num_as_global], known[:, num_as_global:])
+        x = self.embed(prompt_classes, prompt_ids[:, :num_as_global], prompt_ids[:, num_as_global:])
         index = torch.arange(x.shape[1], device=device)  # (1 + P,)
-        caches = self.make_caches(len(labels))
+        caches = self.make_caches(len(x))
         finite = torch.ones((), dtype=torch.bool, device=device)
         for p in tqdm(range(ids.shape[1], total), "tokens", disable=not progress, leave=False):
             token, x, step_finite = self.step(
                 x, index, caches, random[:, p, None], scale, p < M, **filters)
             if released_sampling and p == M - 1:
-                x = self.patch_embedding(token).repeat(len(labels) // B, 1, 1)
+                x = self.patch_embedding(token).repeat(len(x) // B, 1, 1)
             ids = torch.cat([ids, token], dim=1)  # (B, p + 1)
             finite = finite & step_finite  # asked below: asking here would wait for the device
-            x, index = x.clone(), index[-1:] + 1  # the next step may use x's memory again
-        check(bool(finite), "the logits are not finite: are the weights, or was float16 too small?")
+            x, index = x.clone(), index[-1:] + 1  # a CUDA graph overwrites its outputs next time
+        check(bool(finite), "the logits are not finite: a weight may be NaN, or the range of "
+                            "float16 too small for this model (bfloat16 has more)")
         return ids[:, :M], ids[:, M:]
 
     def step(self, x: Tensor, index: Tensor, caches: list[tuple], random: Tensor,
@@ -1162,8 +1202,8 @@ class Llama(nn.Module):
     def make_caches(self, batch: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each block for all inputs, (batch, heads, M + N, d), zeros. A compiled
         model has one set and uses it again, because CUDA graphs want it to stay where it is."""
-        kept = self.kept_caches
-        if kept and kept[0][0].shape[0] == batch and kept[0][0].dtype == self.norm.weight.dtype:
+        kept, like = self.kept_caches, self.norm.weight
+        if kept and kept[0][0].shape[0] == batch and kept[0][0].type() == like.type():
             for cache in kept:
                 cache[0].zero_()
                 cache[1].zero_()
@@ -1174,8 +1214,10 @@ class Llama(nn.Module):
         # Tensors made in inference_mode could not be used outside of it. They are made one by one:
         # compiled, parts of a common tensor would be copied at each step.
         with torch.inference_mode(False):
-            caches = [tuple(self.norm.weight.new_zeros(batch, cfg.heads, cfg.num_tokens, d)
-                            for _ in range(2)) for _ in self.blocks]
+            caches = []
+            for _ in self.blocks:
+                keys = like.new_zeros(batch, cfg.heads, cfg.num_tokens, d)
+                caches.append((keys, torch.zeros_like(keys)))
         if kept is not None:
             for cache in caches:
                 torch._dynamo.mark_static_address(cache[0], guard=False)
@@ -1208,16 +1250,17 @@ def draw(probs: Tensor, random: Tensor) -> Tensor:
     The id is the first whose cumulative sum exceeds the random number. Unlike torch.multinomial
     this takes its random numbers as an argument, so that a picture does not depend on those that
     are drawn beside it, and a GPU draws what a CPU draws."""
-    # An id of probability 0 stays below every target and is never drawn.
+    # Zeros here mean that an id of probability 0 can never exceed the target.
     sums = cumulative_sums(probs).masked_fill(probs == 0, 0.0)
-    # But for rounding the largest sum is 1.
+    # The largest sum is 1 but for rounding. Scaled by it, the target stays below it.
     target = random * sums.amax(dim=-1, keepdim=True)
     # Of equal values argmax takes the first.
     return (sums > target).int().argmax(dim=-1, keepdim=True)
 
 
 def cumulative_sums(probs: Tensor) -> Tensor:
-    """Cumulative sums (B, V), by doubling: after a round each entry is the sum of twice as many.
+    """Cumulative sums (B, V) by doubling (Hillis & Steele): after each round an entry is the sum of
+    twice as many.
 
     torch.cumsum is refused by torch 2.6 on a GPU where deterministic algorithms are asked for, and
     torch 2.11 cannot compile one of 16,384 numbers."""
@@ -1277,7 +1320,8 @@ class Centring(nn.Module):
     need. Patch tokens share one set.
 
     In train mode the statistics are those of the batch, over all processes, and running averages
-    follow them. Eval mode uses the averages. HitaError in train mode for a batch of one picture."""
+    follow them, as in BatchNorm once for each forward, also for the second one of checkpointing.
+    Eval mode uses the averages. HitaError in train mode for a batch of one picture."""
 
     def __init__(self, dim: int, positions: int = 1, per_position: bool = False):
         super().__init__()
@@ -1292,7 +1336,8 @@ class Centring(nn.Module):
             if self.training:
                 check(len(z) * world() > 1, "centring needs two pictures: raise --batch-size")
                 dims = (0,) if self.per_position else (0, 1)
-                # Gradients flow through both statistics, or the mean would run away.
+                # Gradients flow through both statistics. Without them a shift common to all
+                # pictures would cost nothing, and grow.
                 mean = AllMean.apply(z.mean(dims, keepdim=True))[0]
                 var = AllMean.apply((z - mean).square().mean(dims, keepdim=True))[0]
                 with torch.no_grad():
@@ -1306,8 +1351,8 @@ class CodeRevival(nn.Module):
     """Keeps a small codebook alive: after each step of a training, codes that were hardly ever
     nearest, and at first all codes, are put onto some of the encoder's outputs.
 
-    It stands beside a quantizer, which needs a parameter `codebook` (V, C) on the unit sphere.
-    HitaError for one that has none."""
+    It stands beside a quantizer, which needs a parameter `codebook` (V, C), of whose rows the
+    directions count. HitaError for one that has none."""
 
     def __init__(self, quantizer: nn.Module):
         super().__init__()
@@ -1323,7 +1368,9 @@ class CodeRevival(nn.Module):
         if not (quantizer.training and codebook.requires_grad):
             return
 
-        self.hits *= 0.9  # a use is forgotten after 22 steps, when it counts less than 0.1
+        # A use is forgotten after 22 steps, when it counts less than 0.1. Which codes are dead is
+        # asked before those of this step count, so that the first step moves all: they are random.
+        self.hits *= 0.9
         dead = self.hits < 0.1  # (V,)
         counts = all_sum(count_ids(ids, len(dead)).sum(dim=0))  # (V,)
         self.hits += counts.masked_fill(dead, 0.0)
@@ -1387,11 +1434,11 @@ def check_images(images: Tensor, stride: int, dtype: torch.dtype) -> None:
                           stacklevel=4)
 
 
-def check_finite(name: str, *tensors: Tensor) -> None:
-    """HitaError if a value is NaN or infinite."""
+def check_finite(name: str, x: Tensor) -> None:
+    """HitaError if a value is NaN or infinite. Its nearest code would be an arbitrary one."""
     if not torch.compiler.is_compiling():
-        check(all(bool(x.isfinite().all()) for x in tensors), f"{name} is not finite: a weight may "
-              "be NaN, or float16 too small for this model (bfloat16 is not)")
+        check(bool(x.isfinite().all()), f"{name} are not finite: a weight may be NaN, or the range "
+                                        "of float16 too small for this model (bfloat16 has more)")
 
 
 # ---- Processes -----------------------------------------------------------------------------------
@@ -1403,8 +1450,8 @@ def check_finite(name: str, *tensors: Tensor) -> None:
 # BatchNorm sees its own share of the batch only.
 
 def rank() -> int:
-    """Index of this process, 0 without torchrun. It is asked before the processes have met, too."""
-    return int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0
+    """Index of this process, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
@@ -1584,7 +1631,8 @@ def embedded_data() -> Path:
     if rank() == 0 and not folder.is_dir():
         temporary = folder.with_suffix(f".{os.getpid()}.tmp")
         shutil.unpack_archive(EMBEDDED, temporary)
-        os.replace(temporary, folder)
+        with contextlib.suppress(OSError):  # another run may have been faster
+            os.replace(temporary, folder)
     barrier()
     return folder
 
@@ -2008,6 +2056,9 @@ def load_llama(path: str | Path) -> Llama:
     llama = Llama(LlamaConfig(**data["config"]))
     load_weights(llama, data["ema"], path)
     llama.classes = data.get("classes", IMAGENET)  # the authors' files do not name them
+    count = llama.cfg.num_classes
+    check(len(llama.classes) == count, f"{path} has {count} classes and {len(llama.classes)} names "
+                                       "for them: save it with 'classes', a list of names")
     return llama.eval()
 
 
@@ -2140,7 +2191,9 @@ def released_file(path: str | Path, kind: str) -> str | Path:
                         "elsewhere, and name the file instead") from e
 
 
-RELEASED_TOKENIZER = {  # part of their name -> part of ours; order matters
+# Parts of their names -> parts of ours. They are replaced in this order, so a longer name stands
+# before one that it contains, as slot_quantize before quantize.
+RELEASED_TOKENIZER = {
     "encode_transformer": "extractor", "decode_transformer": "fusion",
     "carrier_tokens": "queries", "pos_embed": "positions", "proj.mlp": "dino_proj",
     "norm_pre": "norm", "transformer1.layers": "bidirectional", "transformer2.layers": "causal",
@@ -2222,7 +2275,8 @@ class Parser(argparse.ArgumentParser):
     def add_run(self, presets: list[str]) -> None:
         """The flags that both training scripts have."""
         add = self.add_argument
-        add("--preset", choices=presets, help="settings to start from [emoji, or as --init-from]")
+        add("--preset", choices=presets, help="settings to start from [emoji; with --init-from "
+            "those that its model has]")
         add("--data", help="folder with train/<class>/, val/<class>/ [embedded]")
         add("--out", default="out", help="run directory [out]")
         add("--export", metavar="FILE", help="write the run's weights alone, and stop")

@@ -327,9 +327,9 @@ def transfer_style(args, device: torch.device) -> tuple[Tensor, int]:
 def complete(args, device: torch.device) -> tuple[Tensor, int]:
     """--complete: in a row a picture, what is given of it, and --num completions.
 
-    The global tokens are those of the given part. Of its R cells the first R - k patch tokens are
-    kept: these and the globals decide how the given cells look (see Fusion). The k tokens after
-    them describe cells below the line."""
+    The global tokens are those of the given part. A patch token j first shows in cell j + k (see
+    Fusion), so of the given R cells the first R - k tokens are kept. The k tokens after them belong
+    to cells below the line, and are drawn."""
     tokenizer, llama, classes = load_pair(args, device)
     hita.check(len(classes) in (1, len(args.complete)), f"{len(classes)} classes for "
                f"{len(args.complete)} pictures; --class wants one, or one for each")

@@ -492,13 +492,15 @@ def test_revival_brings_unused_codes_of_a_quantizer_back(monkeypatch):
 DEMO = dict(centre=True, revive_codes=True)  # what the demo has beside the paper's tokenizer
 
 
-@pytest.mark.parametrize("frozen", ["all", "patch_quantizer", "nothing"])
+@pytest.mark.parametrize("frozen", ["all", "patch_quantizer", "eval mode", "nothing"])
 def test_a_frozen_codebook_of_a_quantizer_never_moves(frozen):
     tokenizer = tiny(**DEMO).train()
     if frozen == "all":
         tokenizer.requires_grad_(False)
     elif frozen == "patch_quantizer":
         tokenizer.patch_quantizer.requires_grad_(False)
+    elif frozen == "eval mode":
+        tokenizer.patch_quantizer.eval()
     before = copy.deepcopy(tokenizer.state_dict())
 
     for _ in range(3):
@@ -509,6 +511,7 @@ def test_a_frozen_codebook_of_a_quantizer_never_moves(frozen):
              if not torch.equal(before[name], after[name])}
     assert moved == {
         "all": set(), "patch_quantizer": {"global_quantizer.codebook"},
+        "eval mode": {"global_quantizer.codebook"},
         "nothing": {"patch_quantizer.codebook", "global_quantizer.codebook"}}[frozen]
 
 
@@ -665,21 +668,27 @@ def test_tokenizer_is_exported_and_compiled_as_one_graph():
     encoded = tokenizer.encode(images)
     recon = tokenizer.decode(*encoded)
 
-    class Wrapped(nn.Module):
-        """encode or decode as a forward. torch 2.6 exports registered submodules only."""
-
-        def __init__(self, method: str):
+    class Encodes(nn.Module):
+        def __init__(self):
             super().__init__()
-            self.tokenizer = tokenizer
-            self.method = method
+            self.tokenizer = tokenizer  # torch 2.6 exports registered modules only
 
-        def forward(self, *args):
-            return getattr(self.tokenizer, self.method)(*args)
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            return self.tokenizer.encode(images)
 
-    encodes = torch.export.export(Wrapped("encode"), (images,)).module()
-    decodes = torch.export.export(Wrapped("decode"), encoded).module()
+    class Decodes(Encodes):
+        def forward(self, global_ids: Tensor, patch_ids: Tensor) -> Tensor:
+            return self.tokenizer.decode(global_ids, patch_ids)
+
+    # For batches of any size.
+    B = {0: torch.export.Dim("B", min=1, max=1024)}
+    encodes = torch.export.export(Encodes(), (images,), dynamic_shapes=(B,)).module()
+    decodes = torch.export.export(Decodes(), encoded, dynamic_shapes=(B, B)).module()
     assert all(map(torch.equal, encodes(images), encoded))
     assert torch.allclose(decodes(*encoded), recon, atol=1e-5)
+    more = noise_images(3)
+    assert all(map(torch.equal, encodes(more), tokenizer.encode(more)))
+    assert decodes(*encodes(more)).shape == more.shape
 
     compiled = partial(torch.compile, fullgraph=True, backend="eager")
     assert all(map(torch.equal, compiled(tokenizer.encode)(images), encoded))
@@ -1110,21 +1119,28 @@ def test_llama_is_guided_away_from_what_it_says_without_the_class():
     assert torch.equal(drawn, (3 * cond - 2 * uncond).argmax(dim=-1))
 
 
-def test_llama_takes_guidance_of_each_position():
-    llama, class_ids = tiny_llama(), torch.arange(5)
-    constant = torch.full((22,), 3.0)
-    for scale in (3.0, constant):
-        drawn = together(llama.generate(class_ids, scale, seed=1))
-        assert torch.equal(drawn, together(llama.generate(class_ids, 3.0, seed=1)))
+def test_llama_takes_guidance_of_each_position(monkeypatch):
+    llama, class_ids, guided = tiny_llama(), torch.arange(5), []
+    true = hita.filter_logits
+
+    def filter_logits(logits: Tensor, **filters) -> Tensor:
+        guided.append(logits)
+        return true(logits, **filters)
+
+    constant = together(llama.generate(class_ids, torch.full((22,), 3.0), seed=1))
+    assert torch.equal(constant, together(llama.generate(class_ids, 3.0, seed=1)))
 
     # 1 at a position is this position without guidance; 2 + p / 10 grows.
     scale = 2 + torch.arange(22) / 10
     scale[[4, 9]] = 1.0
-    logits, drawn = logits_of_steps(llama, class_ids, scale, top_k=1)
+    monkeypatch.setattr(hita, "filter_logits", filter_logits)
+    logits, _ = logits_of_steps(llama, class_ids, scale)
     cond, uncond = logits.chunk(2)  # (B, M + N, V) each
-    guided = uncond + scale[:, None] * (cond - uncond)
-    assert torch.equal(drawn, guided.argmax(dim=-1))
-    assert torch.equal(drawn[:, [4, 9]], cond[:, [4, 9]].argmax(dim=-1))
+    by_hand = uncond + scale[:, None] * (cond - uncond)
+    steps = torch.stack(guided[1:], dim=1)  # the first call checks the filters
+    assert torch.allclose(steps, by_hand, atol=1e-5)
+    assert torch.allclose(steps[:, [4, 9]], cond[:, [4, 9]], atol=1e-5)
+    assert (cond - uncond).abs().amax(dim=(0, 2)).min() > 1e-3  # it matters everywhere
 
 
 def test_llama_draws_a_picture_alike_whatever_is_made_beside_it():
@@ -1173,7 +1189,7 @@ def test_llama_passes_a_new_filter_on(monkeypatch):
 
 
 def test_llama_never_draws_an_id_of_probability_0():
-    for V in (1, 127, 128, 129, 16384):  # sums are taken in blocks
+    for V in (1, 127, 128, 129, 16384):
         probs = torch.rand(3, V).softmax(dim=-1)
         assert torch.allclose(hita.cumulative_sums(probs), probs.cumsum(dim=-1), atol=1e-5)
 
@@ -1182,7 +1198,7 @@ def test_llama_never_draws_an_id_of_probability_0():
     assert drawn == [1, 1, 3, 3]
 
     many = torch.rand(256, 16384)
-    many[:, 8192] = 0  # the first of a block: its sum may be rounded up
+    many[:, 8192] = 0  # its sum may be rounded to more than the one before
     many /= many.sum(dim=1, keepdim=True)
     sums = hita.cumulative_sums(many)
     for u in (torch.zeros(256, 1), sums[:, 8191:8192] / sums.amax(dim=1, keepdim=True)):
@@ -2567,7 +2583,7 @@ def test_what_cannot_work_or_be_written_is_refused(script, tmp_path, monkeypatch
     monkeypatch.setattr(hita.HitaTokenizer, "encode", None)
     for flags, named in (
             ("--image x.psd", "x.psd"), ("--image out/llama.pt/x.png", "llama.pt"),
-            ("--npz file/x.npz", "file/x.npz"), ("--out typo", "typo/llama.pt"),
+            ("--npz file/x.npz", "file/.x.npz"), ("--out typo", "typo/llama.pt"),
             ("--reconstruct a.png --out file", "file")):
         refused(named, script, sample, "--class", "a", *flags.split())
     evaluation = train_tokenizer, "--eval", "out/tokenizer.pt", "--data", "data"

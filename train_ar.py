@@ -110,8 +110,8 @@ def main():
             if stopping:
                 return hita.print_once(f"stopped after step {step}: continue with --resume")
             if due:
-                log.line(step, evaluate(ema, run.val_tokens, device, run.val_name))
                 sample_grid(ema, run.tokenizer, recipe, out / f"llama-{step:06d}.png")
+                log.line(step, evaluate(ema, run.val_tokens, device, run.val_name))
 
 
 # ---- Setting up ----------------------------------------------------------------------------------
@@ -156,7 +156,8 @@ def choose_settings(args, saved: dict | None, source: dict | None) -> tuple:
     """The settings of the Llama and of its training, with the flags that were given.
 
     A resumed run has those of its checkpoint, and of these only the recipe may change. A run that
-    starts from weights has the settings of these, of which the dropouts may change."""
+    starts from weights has the settings of these, of which the dropouts may change, and the recipe
+    of the preset with these settings."""
     if saved:
         cfg, recipe = hita.LlamaConfig(**saved["config"]), Training(**saved["recipe"])
         # These decide the order of the data and the versions of the pictures.
@@ -164,18 +165,17 @@ def choose_settings(args, saved: dict | None, source: dict | None) -> tuple:
         return (hita.choose(cfg, args, set(vars(cfg)), "in this run"),
                 hita.choose(recipe, args, fixed, "in this run"))
 
-    preset = "emoji"
-    if args.init_from in hita.RELEASED:
-        preset = args.init_from.split("-")[2].upper()  # hita-u-xl-100e has the recipe of XL
-    elif args.init_from in RECIPES:
-        preset = args.init_from
-    preset = args.preset or preset
-    recipe = hita.choose(RECIPES[preset], args)
     if source:
         cfg = hita.LlamaConfig(**source["config"])
+        same = [name for name, size in hita.LLAMA_SIZES.items() if replace(cfg, **size) == cfg]
+        recipe = RECIPES[args.preset or (same[0] if same else "emoji")]
         fixed = set(vars(cfg)) - {"dropout", "token_dropout", "class_dropout"}
-        return hita.choose(cfg, args, fixed, f"in {args.init_from}"), recipe
-    return hita.choose(hita.LlamaConfig(**hita.LLAMA_SIZES[preset]), args), recipe
+        cfg = hita.choose(cfg, args, fixed, f"in {args.init_from}")
+        return cfg, hita.choose(recipe, args)
+
+    preset = args.preset or "emoji"
+    cfg = hita.LlamaConfig(**hita.LLAMA_SIZES[preset])
+    return hita.choose(cfg, args), hita.choose(RECIPES[preset], args)
 
 
 def choose_tokenizer(args, resuming: bool) -> hita.HitaTokenizer:
@@ -195,6 +195,8 @@ def choose_tokenizer(args, resuming: bool) -> hita.HitaTokenizer:
 
 def set_up(args) -> Run:
     """Everything before the first step: settings, tokenizer, ids, models, optimizer."""
+    device = hita.set_up_device(args.device)
+    torch.backends.cudnn.benchmark = True
     saved = hita.find_run(args.out, "llama", args.resume)
     source = None
     if args.init_from is not None and not saved:
@@ -203,8 +205,6 @@ def set_up(args) -> Run:
     if recipe.warmup >= recipe.steps:
         hita.print_once(f"note: the learning rate rises for {recipe.warmup} steps (--warmup), and "
                         f"there are {recipe.steps}")
-    device = hita.set_up_device(args.device)
-    torch.backends.cudnn.benchmark = True
     shares = hita.world() * recipe.accumulate
     hita.check(recipe.batch_size % shares == 0, f"batch_size must be a multiple of {shares}")
     out = hita.make_folder(args.out)
@@ -267,12 +267,20 @@ def set_up(args) -> Run:
 def start_from(llama: hita.Llama, source: dict, classes: list[str], path: str) -> None:
     """The weights of a checkpoint or released model. Classes that it does not know start anew."""
     weights, name = dict(source["ema"]), "class_embedding.weight"
-    known = source.get("classes", classes)  # the authors' files do not name them
-    if known != classes or len(weights[name]) != len(classes) + 1:
-        # Only the embedding of "no class", the last row, means the same.
-        own = llama.class_embedding.weight.detach()
-        weights[name] = torch.cat([own[:-1], weights[name][-1:]])
-        hita.print_once(f"{path} has other classes: those here start anew")
+    theirs = weights[name]
+    known = source.get("classes")
+    if known is None and len(theirs) == len(classes) + 1:
+        hita.print_once(f"{path} does not name its classes: those here are taken to be the same, "
+                        "in the order of their names")
+    elif known != classes:
+        ours = llama.class_embedding.weight.detach().clone()
+        ours[-1] = theirs[-1]  # the last row means "no class" in both
+        same = [c for c in classes if c in (known or [])]
+        for c in same:
+            ours[classes.index(c)] = theirs[known.index(c)]
+        weights[name] = ours
+        hita.print_once(f"{path} knows {len(same)} of the {len(classes)} classes: the others start "
+                        "anew")
     hita.load_weights(llama, weights, path)
 
 
@@ -328,7 +336,8 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, 
 
 def fingerprint(tokenizer: hita.HitaTokenizer, data: hita.Pictures, copies: int) -> str:
     """A short hash of what token ids depend on: the weights of the tokenizer and its DINOv2, its
-    configuration, and the names, sizes and dates of the pictures."""
+    configuration, and the names, sizes and dates of the pictures. It does not see the code: where
+    that changed and the weights did not, remove the files of tokens."""
     digest = hashlib.sha256()
     for model in (tokenizer, tokenizer.dino):
         for name, x in model.state_dict().items() if model is not None else ():

@@ -73,7 +73,7 @@ def main():
     run = set_up(args)
     cfg, recipe, device, out = run.cfg, run.recipe, run.device, run.out
     tokenizer, discriminator, ema = run.tokenizer, run.discriminator, run.ema
-    model, critic = hita.distribute(tokenizer), hita.distribute(discriminator)
+    model, d_model = hita.distribute(tokenizer), hita.distribute(discriminator)
     tokenizer.train()
 
     log = hita.Log(out / "tokenizer.jsonl", recipe.steps, run.start)
@@ -87,7 +87,7 @@ def main():
                 group["lr"] = lr
             adversarial = recipe.gan_weight > 0 and step >= recipe.gan_start
 
-            # The generator. The discriminator judges, but takes no gradient.
+            # The generator. The discriminator judges, but takes no gradient, so DDP has no part.
             discriminator.requires_grad_(False)
             with hita.autocast(device):
                 result = model(images)
@@ -108,7 +108,7 @@ def main():
                 discriminator.requires_grad_(True)
                 with hita.autocast(device):
                     # Two passes, so that each has batch statistics of its own.
-                    real, fake = critic(images), critic(result.recon.detach())
+                    real, fake = d_model(images), d_model(result.recon.detach())
                     loss = hita.discriminator_loss(real, fake)
                 run.optimizer_d.zero_grad()
                 (recipe.gan_weight * loss).backward()
@@ -131,7 +131,8 @@ def main():
 
 
 def generator_losses(images: Tensor, result: hita.TokenizerOutput, recipe: Training,
-                     perceptual: nn.Module | None, critic: nn.Module | None) -> dict[str, Tensor]:
+                     perceptual: nn.Module | None,
+                     discriminator: nn.Module | None) -> dict[str, Tensor]:
     """The terms that the generator minimises, weighted. Those that are off are left out.
     A loss of your own is one more key; the log shows it under this name."""
     rec = hita.reconstruction_loss(images, result.recon)
@@ -140,8 +141,9 @@ def generator_losses(images: Tensor, result: hita.TokenizerOutput, recipe: Train
         losses["feature"] = result.feature_loss
     if perceptual is not None:
         losses["lpips"] = recipe.lpips_weight * perceptual(images, result.recon)
-    if critic is not None:
-        losses["adv"] = recipe.gan_weight * hita.adversarial_loss(critic(result.recon))
+    if discriminator is not None:
+        logits = discriminator(result.recon)
+        losses["adv"] = recipe.gan_weight * hita.adversarial_loss(logits)
     return losses
 
 
@@ -194,7 +196,8 @@ def choose_settings(args, saved: dict | None, source: dict | None) -> tuple:
     """The settings of the tokenizer and of its training, with the flags that were given.
 
     A resumed run has those of its checkpoint, and of these only the recipe may change. A run that
-    starts from weights has the settings of these, of which some may change."""
+    starts from weights has the settings of these, of which some may change, and the recipe of the
+    preset with these settings."""
     if saved:
         cfg = hita.TokenizerConfig(**saved["config"])
         recipe = Training(**saved["recipe"])
@@ -203,20 +206,25 @@ def choose_settings(args, saved: dict | None, source: dict | None) -> tuple:
         return (hita.choose(cfg, args, set(vars(cfg)), "in this run"),
                 hita.choose(recipe, args, fixed, "in this run"))
 
-    preset = args.preset or (args.init_from if args.init_from in RECIPES else "emoji")
-    recipe = hita.choose(RECIPES[preset], args)
     if source:
         cfg = hita.TokenizerConfig(**source["config"])
+        same = [name for name, preset in hita.TOKENIZERS.items() if preset == cfg]
+        recipe = RECIPES[args.preset or (same[0] if same else "emoji")]
         fixed = set(vars(cfg)) - {"image_size", "k", "dropout", "beta"}
-        return hita.choose(cfg, args, fixed, f"in {args.init_from}"), recipe
+        cfg = hita.choose(cfg, args, fixed, f"in {args.init_from}")
+        return cfg, hita.choose(recipe, args)
+
+    preset = args.preset or "emoji"
     # Without global tokens there is nothing that could replace patches.
     if getattr(args, "num_global", None) == 0:
         args.k = 0
-    return hita.choose(hita.TOKENIZERS[preset], args), recipe
+    return hita.choose(hita.TOKENIZERS[preset], args), hita.choose(RECIPES[preset], args)
 
 
 def set_up(args) -> Run:
     """Everything before the first step: settings, pictures, models, optimizers."""
+    device = hita.set_up_device(args.device)
+    torch.backends.cudnn.benchmark = True
     saved = hita.find_run(args.out, "tokenizer", args.resume)
     source = None
     if args.init_from is not None and not saved:
@@ -226,8 +234,6 @@ def set_up(args) -> Run:
                f"the discriminator needs pictures of at least 24 pixels, image_size is "
                f"{cfg.image_size}: train with --gan-weight 0")
     warn_of_short(recipe)
-    device = hita.set_up_device(args.device)
-    torch.backends.cudnn.benchmark = True
     out = hita.make_folder(args.out)
 
     # The pictures, and where they and DINOv2 come from.
