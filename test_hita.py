@@ -773,7 +773,8 @@ def test_tokenizer_says_what_it_cannot_take():
 
 
 @pytest.mark.parametrize("name", [
-    "encoder.conv_in.weight", "extractor.queries", "patch_down.weight", "global_down.bias"])
+    "encoder.conv_in.weight", "extractor.queries", "global_down.bias", "patch_quantizer.codebook",
+    "global_quantizer.codebook"])
 def test_tokenizer_with_a_nan_among_its_weights_is_refused(name):
     tokenizer = tiny()
     tokenizer.get_parameter(name).data.flatten()[0] = torch.nan
