@@ -193,7 +193,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU and convolution, twice, plus the input. (B, c_in, H, W) -> (B, c_out, H, W)"""
+    """Norm, SiLU and convolution follow each other twice, and the input is added.
+    (B, c_in, H, W) -> (B, c_out, H, W)"""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -235,7 +236,8 @@ class AttnBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each perhaps followed by attention, then a resampling."""
+    """Residual blocks at one resolution, then a resampling. With attention=True an AttnBlock
+    follows each residual block."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, attention: bool, resample: nn.Module):
         super().__init__()
@@ -322,7 +324,7 @@ class DINOv2(nn.Module):
 
     name: a model of timm. file: its weights, as the original .pth or in timm's format; without a
     file they come from the Hub, or are random with pretrained=False.
-    HitaError if they cannot be had, or if the model has no class token."""
+    Raises HitaError if they cannot be had, or if the model has no class token."""
     SIZE = 224  # the ViT always sees 224 px: 16 x 16 patches of 14 px
 
     def __init__(self, name: str = TokenizerConfig.dino, file: str | Path | None = None,
@@ -460,11 +462,14 @@ def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
     side = math.isqrt(positions.shape[1])
     if (h, w) == (side, side):
         return positions
-    grid = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, G, G)
     # The 0.1 moves the sampling points a little, as in DINO and in the released model.
     scale = (h + 0.1) / side, (w + 0.1) / side
-    grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")  # (1, D, h, w)
-    return row_by_row(grid)  # (1, h*w, D)
+    # What each of the old cells gives to the new ones, and then a product with it: a GPU has no
+    # gradient of bicubic interpolation where deterministic algorithms are asked for.
+    cells = torch.eye(side ** 2, device=positions.device).unflatten(1, (side, side))[:, None]
+    weights = F.interpolate(cells, scale_factor=scale, mode="bicubic").flatten(1)  # (G*G, h*w)
+    with torch.autocast(positions.device.type, enabled=False):
+        return weights.T.type_as(positions) @ positions  # (1, h*w, D)
 
 
 # ---- Causal query extractor: M learnable queries gather what is global ---------------------------
@@ -533,7 +538,7 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Parameter(F.normalize(codebook, dim=-1))  # (V, C)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # In bfloat16 one id in twenty would be another, so autocast does not reach this.
+        # In bfloat16 one id in twenty would be another, so autocast is off here.
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=-1)  # (B, T, C)
             codebook = F.normalize(self.codebook.float(), dim=-1)  # (V, C)
@@ -648,9 +653,10 @@ def evaluates(method):
 
 
 def without_tf32(device: torch.device):
-    """Context in which a GPU computes in float32 and not in TF32, which is torch's default for
-    convolutions, and with which about one id in a hundred would be another. It does nothing while
-    a model is compiled or exported: there the caller has to see to it."""
+    """Context in which a GPU computes in float32. torch's default for convolutions is TF32, with
+    which about one id in a hundred would be another. While a model is compiled or exported it does
+    nothing: there the caller has to see to it. It switches settings of the whole process, so
+    threads should not encode on a GPU at once."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return contextlib.nullcontext()
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and newer
@@ -729,19 +735,19 @@ class HitaTokenizer(nn.Module):
         """Set the frozen features: the DINOv2 of the configuration, or any other module that turns
         images (B, 3, H, W) in [-1, 1] into one token for the whole picture and n for its parts,
         (B, 1 + n, cfg.dino_dim), n a square. Its mode becomes eval, and it gets no gradient.
-        HitaError if the configuration has none."""
+        Raises HitaError if the configuration has none."""
         if dino is not None:
             check(self.cfg.uses_dino, "this configuration has no place for frozen features: give "
                                       "dino a name, dino_dim their width, and have global tokens")
             dino.eval().requires_grad_(False)
-        # Set past nn.Module it is no submodule, so that no optimizer, average, DDP or checkpoint
-        # sees it.
+        # Written into __dict__ it does not become a submodule, so no optimizer, average, DDP or
+        # checkpoint sees it.
         self.__dict__["dino"] = dino
 
     @torch.no_grad()
     def dino_tokens(self, images: Tensor) -> Tensor:
         """Frozen features (B, 1 + n, dino_dim), or (B, 0, dino_dim) in a model without any.
-        HitaError if they are needed and not attached."""
+        Raises HitaError if they are needed and not attached."""
         if not self.cfg.uses_dino:
             return images.new_zeros(images.shape[0], 0, self.cfg.dino_dim)
         check(self.dino is not None,
@@ -772,8 +778,8 @@ class HitaTokenizer(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] -> global ids (B, M) and patch ids (B, N), row by row,
         int64.
 
-        HitaError for anything else, and for weights that are not finite. A warning where the
-        pictures look like ones in [0, 1]."""
+        It raises HitaError for other images and for weights that are not finite, and warns where
+        the pictures look like ones in [0, 1]."""
         check_images(images, self.cfg.stride, self.patch_up.weight.dtype)
         device = images.device
         # Float32, whatever the caller has on: otherwise some ids would be others.
@@ -794,7 +800,7 @@ class HitaTokenizer(nn.Module):
 
         grid: rows and columns of the patches; without it the grid is the model's own. Another
         square number of ids is taken for a square, with a warning. Neither the encoder nor DINOv2
-        is needed. HitaError where the ids do not fit."""
+        is needed. Raises HitaError where the ids do not fit."""
         M = self.cfg.num_global
         check_ids("patch ids", patch_ids, (None, None), self.cfg.patch_codebook_size)
         B, N = patch_ids.shape
@@ -818,8 +824,8 @@ class HitaTokenizer(nn.Module):
         return side, side
 
     def forward(self, images: Tensor) -> TokenizerOutput:
-        """Images (B, 3, H, W), for training: gradients pass through the codes. Nothing moves but
-        the statistics of Centring, in train mode; unused codes are moved by `revive`."""
+        """Images (B, 3, H, W), for training: gradients pass through the codes. In train mode this
+        moves the statistics of Centring and nothing else. Unused codes are moved by `revive`."""
         dino_tokens = self.dino_tokens(images)  # (B, 1 + n, dino_dim)
         global_z, patch_z = self.to_latents(images, dino_tokens)  # (B, M, C), (B, N, C)
         patch_codes, patch_ids, codebook_loss = self.patch_quantizer(patch_z)
@@ -856,8 +862,8 @@ class HitaTokenizer(nn.Module):
 
 # ---- Losses and discriminator --------------------------------------------------------------------
 #
-# generator_losses in train_tokenizer.py weighs and sums them: reconstruction, LPIPS, adversarial,
-# codebook and, in Hita-U, feature loss.
+# generator_losses in train_tokenizer.py weighs those of the generator: reconstruction, LPIPS,
+# adversarial, codebook and, in Hita-U, feature loss. Its loop sums them.
 
 def reconstruction_loss(images: Tensor, recon: Tensor) -> Tensor:
     """Twice the mean squared error, because the released code adds it at two places."""
@@ -867,7 +873,8 @@ def reconstruction_loss(images: Tensor, recon: Tensor) -> Tensor:
 class PerceptualLoss(nn.Module):
     """LPIPS (Zhang et al. 2018) on a frozen VGG-16: images, recon (B, 3, H, W) -> scalar.
 
-    HitaError if the VGG weights cannot be had. pretrained=False takes random ones, for tests."""
+    Raises HitaError if the VGG weights cannot be had. pretrained=False takes random ones, for
+    tests."""
 
     def __init__(self, pretrained: bool = True):
         super().__init__()
@@ -1062,9 +1069,10 @@ class Llama(nn.Module):
     def embed(self, class_ids: Tensor, global_ids: Tensor, patch_ids: Tensor) -> Tensor:
         """Class ids (B,), ids (B, m) and (B, n) -> embeddings (B, 1 + m + n, dim).
 
-        For another condition than a class, replace class_embedding by a module that turns it into
-        (B, dim), with a value that means "none" in the place of the id cfg.num_classes, which
-        forward and generate use for it; generate checks its first argument as class ids."""
+        For another condition than a class, replace class_embedding by a module that turns the
+        condition into (B, dim). forward and generate write cfg.num_classes for "no class": replace
+        that by the value that means "none" in yours. generate also checks its first argument as
+        class ids."""
         parts = [self.class_embedding(class_ids)[:, None]]  # (B, 1, dim)
         if self.cfg.num_global > 0:
             parts.append(self.global_embedding(global_ids))  # (B, m, dim)
@@ -1118,8 +1126,8 @@ class Llama(nn.Module):
         released_sampling: embed the last global token as a patch, as the released code does by
           mistake.
         filters: the arguments of filter_logits; top_k=1 always takes the likeliest id.
-        HitaError for ids, guidance or filters that are out of range, and for logits that are not
-        finite."""
+        Raises HitaError for ids, guidance or filters that are out of range, and for logits that are
+        not finite."""
         cfg = self.cfg
         M, total, B = cfg.num_global, cfg.num_tokens, len(class_ids)
         device = class_ids.device
@@ -1163,7 +1171,7 @@ class Llama(nn.Module):
             token, x, step_finite = self.step(
                 x, index, caches, random[:, p, None], scale, p < M, **filters)
             if released_sampling and p == M - 1:
-                x = self.patch_embedding(token).repeat(len(x) // B, 1, 1)
+                x = self.patch_embedding(token if scale is None else torch.cat([token, token]))
             ids = torch.cat([ids, token], dim=1)  # (B, p + 1)
             finite = finite & step_finite  # asked below: asking here would wait for the device
             x, index = x.clone(), index[-1:] + 1  # a CUDA graph overwrites its outputs next time
@@ -1176,8 +1184,9 @@ class Llama(nn.Module):
         """Inputs (B or 2B, T, dim) at positions (T,), random numbers (B, 1) -> the next token
         (B, 1), the same embedded as the next input (B or 2B, 1, dim), whether logits were finite.
 
-        is_global: whether the next token is a global one. From one step to the next only tensors
-        change and the kind of the token, so a compiled step is compiled once for each kind."""
+        is_global: whether the next token is a global one. Between two steps only tensors and the
+        kind of the token change. So a step is compiled once for each kind, and once more for a
+        prompt of given ids."""
         logits = self.next_logits(x, index, caches, scale, is_global)  # (B, V)
         token = draw(filter_logits(logits, **filters).softmax(dim=-1), random)  # (B, 1)
         embedding = self.global_embedding if is_global else self.patch_embedding
@@ -1202,14 +1211,15 @@ class Llama(nn.Module):
     def make_caches(self, batch: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each block for all inputs, (batch, heads, M + N, d), zeros. A compiled
         model has one set and uses it again, because CUDA graphs want it to stay where it is."""
-        kept, like = self.kept_caches, self.norm.weight
-        if kept and kept[0][0].shape[0] == batch and kept[0][0].type() == like.type():
-            for cache in kept:
-                cache[0].zero_()
-                cache[1].zero_()
-            return kept
+        cfg, kept, like = self.cfg, self.kept_caches, self.norm.weight
+        if kept:
+            old = kept[0][0]
+            if (len(old), old.dtype, old.device) == (batch, like.dtype, like.device):
+                for keys, values in kept:
+                    keys.zero_()
+                    values.zero_()
+                return kept
 
-        cfg = self.cfg
         d = pad_channels(torch.empty(cfg.dim // cfg.heads)).shape[0]
         # Tensors made in inference_mode could not be used outside of it. They are made one by one:
         # compiled, parts of a common tensor would be copied at each step.
@@ -1219,9 +1229,9 @@ class Llama(nn.Module):
                 keys = like.new_zeros(batch, cfg.heads, cfg.num_tokens, d)
                 caches.append((keys, torch.zeros_like(keys)))
         if kept is not None:
-            for cache in caches:
-                torch._dynamo.mark_static_address(cache[0], guard=False)
-                torch._dynamo.mark_static_address(cache[1], guard=False)
+            for keys, values in caches:
+                torch._dynamo.mark_static_address(keys, guard=False)
+                torch._dynamo.mark_static_address(values, guard=False)
             self.kept_caches = caches
         return caches
 
@@ -1277,7 +1287,8 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0,
 
     top_k keeps the k largest (and ties), 0 keeps all. Of these top_p keeps the largest until their
     probability exceeds p. A temperature below 1e-6 counts as 1e-6, which always takes the
-    likeliest. HitaError for what is out of range. A new argument here is one of generate, too."""
+    likeliest. A new argument here is one of generate, too.
+    Raises HitaError for what is out of range."""
     check(temperature >= 0, f"temperature is {temperature}, it must be 0 or more")
     check(top_k >= 0, f"top_k is {top_k}, it must be 0 or more")
     check(0 <= top_p <= 1, f"top_p is {top_p}, it must be from 0 to 1")
@@ -1321,7 +1332,7 @@ class Centring(nn.Module):
 
     In train mode the statistics are those of the batch, over all processes, and running averages
     follow them, as in BatchNorm once for each forward, also for the second one of checkpointing.
-    Eval mode uses the averages. HitaError in train mode for a batch of one picture."""
+    Eval mode uses the averages. Raises HitaError in train mode for a batch of one picture."""
 
     def __init__(self, dim: int, positions: int = 1, per_position: bool = False):
         super().__init__()
@@ -1351,8 +1362,8 @@ class CodeRevival(nn.Module):
     """Keeps a small codebook alive: after each step of a training, codes that were hardly ever
     nearest, and at first all codes, are put onto some of the encoder's outputs.
 
-    It stands beside a quantizer, which needs a parameter `codebook` (V, C), of whose rows the
-    directions count. HitaError for one that has none."""
+    It stands beside a quantizer, which needs a parameter `codebook` (V, C). Only the directions of
+    its rows matter. Raises HitaError for a quantizer that has none."""
 
     def __init__(self, quantizer: nn.Module):
         super().__init__()
@@ -1368,8 +1379,9 @@ class CodeRevival(nn.Module):
         if not (quantizer.training and codebook.requires_grad):
             return
 
-        # A use is forgotten after 22 steps, when it counts less than 0.1. Which codes are dead is
-        # asked before those of this step count, so that the first step moves all: they are random.
+        # A use is forgotten after 22 steps, when it counts less than 0.1. Dead codes are looked for
+        # before the ids of this step are counted, so that the first step moves all of them, since
+        # they are random.
         self.hits *= 0.9
         dead = self.hits < 0.1  # (V,)
         counts = all_sum(count_ids(ids, len(dead)).sum(dim=0))  # (V,)
@@ -1404,9 +1416,10 @@ def count_ids(ids: Tensor, size: int) -> Tensor:
 # are checked.
 
 def check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], size: int) -> None:
-    """HitaError unless ids are int64, from 0 to size - 1, and of this shape; None fits any number.
+    """Raises HitaError unless ids are int64, from 0 to size - 1, and of this shape; None fits any
+    number.
 
-    Without it an id that is too large stops a GPU with a message about something else."""
+    Without this check an id that is too large stops a GPU with a message about something else."""
     same_shape = ids.dim() == len(shape) and all(
         wanted is None or wanted == found for wanted, found in zip(shape, ids.shape))
     check(ids.dtype == torch.int64 and same_shape,
@@ -1417,8 +1430,8 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], size: int) 
 
 
 def check_images(images: Tensor, stride: int, dtype: torch.dtype) -> None:
-    """HitaError unless images are (B, 3, H, W) with sides that are multiples of the stride, and in
-    [-1, 1]. A warning where they look like pictures in [0, 1], which would be encoded as pale
+    """Raises HitaError unless images are (B, 3, H, W) with sides that are multiples of the stride,
+    and in [-1, 1]. Warns where they look like pictures in [0, 1], which would be encoded as pale
     ones."""
     check(images.dtype == dtype, f"images are {images.dtype}, the weights are {dtype}: "
                                  "load_picture makes such images, or x / 127.5 - 1 of bytes")
@@ -1435,7 +1448,7 @@ def check_images(images: Tensor, stride: int, dtype: torch.dtype) -> None:
 
 
 def check_finite(name: str, x: Tensor) -> None:
-    """HitaError if a value is NaN or infinite. Its nearest code would be an arbitrary one."""
+    """Raises HitaError if a value is NaN or infinite. The id of such a code is arbitrary."""
     if not torch.compiler.is_compiling():
         check(bool(x.isfinite().all()), f"{name} are not finite: a weight may be NaN, or the range "
                                         "of float16 too small for this model (bfloat16 has more)")
@@ -1492,7 +1505,7 @@ def print_once(text: str) -> None:
 
 def set_up_device(name: str | None) -> torch.device:
     """The named device, or the best there is. Under torchrun it joins the other processes.
-    HitaError if there is no such device."""
+    Raises HitaError if there is no such device."""
     if name is None:
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -1547,7 +1560,7 @@ def use_compile(asked: bool | None, model: nn.Module, device: torch.device) -> b
 
 class Stop:
     """With this, SIGTERM and Ctrl-C let the step end and the run be saved. A second Ctrl-C ends the
-    run at once. Behind the with block the signals do again what they did before."""
+    run at once. After the with block the signals do again what they did before."""
 
     def __enter__(self):
         self.signalled = torch.zeros(1)
@@ -1564,7 +1577,7 @@ class Stop:
         self.signalled += 1
         # print is not allowed here: the signal may have come in the middle of another print.
         os.write(2, b"stopping after this step\n")
-        # torchrun passes each Ctrl-C on, so with it the second one is nobody's wish.
+        # torchrun passes each Ctrl-C on, so under torchrun a second one may not be meant.
         if world() == 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -1633,13 +1646,14 @@ def embedded_data() -> Path:
         shutil.unpack_archive(EMBEDDED, temporary)
         with contextlib.suppress(OSError):  # another run may have been faster
             os.replace(temporary, folder)
+        shutil.rmtree(temporary, ignore_errors=True)
     barrier()
     return folder
 
 
 def on_white(image: Image.Image) -> Image.Image:
     """A picture of 8 bits as RGB, upright by its EXIF data, on white where it is transparent.
-    HitaError for other numbers of bits."""
+    Raises HitaError for other numbers of bits."""
     check(image.mode[0] not in "IF", f"its pixels are {image.mode}: save it with 8 bits")
     try:
         image = ImageOps.exif_transpose(image)
@@ -1653,7 +1667,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 def read_picture(picture) -> Image.Image:
     """A file (its name, or an open one) or a PIL picture -> as on_white gives it.
-    HitaError if it cannot be read."""
+    Raises HitaError if it cannot be read."""
     if isinstance(picture, Image.Image):
         return on_white(picture)
     try:
@@ -1661,7 +1675,10 @@ def read_picture(picture) -> Image.Image:
         image.load()
     except Exception as e:  # damaged files raise nearly everything, in Pillow
         raise HitaError(f"the picture {picture} cannot be read: {first_line(e)}") from e
-    return on_white(image)
+    try:
+        return on_white(image)
+    except HitaError as e:
+        raise HitaError(f"the picture {picture} cannot be used: {e}") from e
 
 
 def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None = None,
@@ -1689,8 +1706,8 @@ def crop_square(image: Image.Image, size: int, rng: np.random.Generator | None =
 
 
 def load_picture(picture, size: int) -> Tensor:
-    """A file or PIL picture -> its centre (1, 3, size, size) in [-1, 1]. HitaError if it cannot be
-    read."""
+    """A file or PIL picture -> its centre (1, 3, size, size) in [-1, 1].
+    Raises HitaError if it cannot be read."""
     return crop_square(read_picture(picture), size)[None]
 
 
@@ -1720,7 +1737,7 @@ class Pictures(torch.utils.data.Dataset):
     nothing else, so that a resumed run sees the same pictures; without it epoch 0 is the plain
     picture, epoch 1 its mirror image, and later ones are augmented.
     A picture that cannot be read is named, and the next one stands in.
-    HitaError if there are no pictures, or twenty in a row cannot be read."""
+    Raises HitaError if there are no pictures, or if twenty in a row, or all, cannot be read."""
 
     def __init__(self, root: str | Path, split: str, size: int, augment: bool = False,
                  crop_range: float = 1.0, seed: int = 0):
@@ -1736,6 +1753,7 @@ class Pictures(torch.utils.data.Dataset):
         check(train.is_dir(), f"there is no folder {train}: put pictures into {train}/<class>/")
         self.classes = sorted(entry.name for entry in os.scandir(train)
                               if entry.is_dir() and not entry.name.startswith("."))
+        check(len(self.classes) > 0, f"{train} has no folders: put pictures into {train}/<class>/")
         labels = {name: label for label, name in enumerate(self.classes)}
 
         def is_picture(path: str) -> bool:
@@ -1755,18 +1773,22 @@ class Pictures(torch.utils.data.Dataset):
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """The picture, or the next one that can be read, and its class."""
-        for i in range(index, index + min(20, len(self))):
+        tries = min(20, len(self))
+        for i in range(index, index + tries):
             path, label = self.samples[i % len(self)]
             try:
                 return read_picture(path), label
             except HitaError as e:
                 print("skipped:", e, file=sys.stderr, flush=True)
-        raise HitaError(f"no picture from {self.samples[index][0]} on can be read, twenty were "
-                        "tried")
+        raise HitaError(f"no picture from {self.samples[index][0]} on can be read: {tries} in a "
+                        "row were tried")
 
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor, int]:
         plain = not isinstance(item, tuple)
         epoch, index = (0, item) if plain else item
+        if not 0 <= index < len(self):
+            # Python asks a for loop over the data to end by this error.
+            raise IndexError(f"there are {len(self)} pictures, number {index} is asked for")
         image, label = self.read(index)
 
         if epoch > 1 or (self.augment and not plain):
@@ -1780,16 +1802,16 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def validation_pictures(train: Pictures) -> Pictures:
-    """The pictures in val or, where there is no val, about 1,000 of train, spread over all classes.
-    HitaError if val is there and empty."""
+    """The pictures in val or, where there is no val, 1,000 to 2,000 of train (or all), spread over
+    all classes. Raises HitaError if val is there and empty."""
     root = train.root.parent
     if (root / "val").is_dir():
         return Pictures(root, "val", train.size)
 
     print_once(f"{root} has no val: figures called train_... are of training pictures")
-    some = copy.copy(train)
-    some.samples = train.samples[::max(1, len(train) // 1000)]
-    return some
+    pictures = copy.copy(train)
+    pictures.samples = train.samples[::max(1, len(train) // 1000)]
+    return pictures
 
 
 @lru_cache(2)
@@ -1800,7 +1822,7 @@ def epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
 
 def batch(step: int, length: int, batch_size: int, seed: int) -> list[tuple[int, int]]:
     """(epoch, index) of the pictures of this process in a step. The arguments alone decide it.
-    HitaError if the processes cannot share the batch."""
+    Raises HitaError if the processes cannot share the batch."""
     check(batch_size % world() == 0,
           f"batch_size is {batch_size}, no multiple of {world()} processes")
     share = batch_size // world()
@@ -1816,7 +1838,7 @@ def batch(step: int, length: int, batch_size: int, seed: int) -> list[tuple[int,
 
 def picture_array(path: Path, count: int, size: int) -> np.ndarray:
     """Zeros (count, size, size, 3) uint8 in a file beside path, for all processes to fill.
-    HitaError if it cannot be written."""
+    Raises HitaError if it cannot be written."""
     raw = path.with_name(f".{path.name}.raw")
     if rank() == 0:
         write_file(raw, lambda f: np.save(f, np.zeros((count, size, size, 3), np.uint8)))
@@ -1825,7 +1847,8 @@ def picture_array(path: Path, count: int, size: int) -> np.ndarray:
 
 
 def pack_pictures(path: Path, *labels: np.ndarray) -> None:
-    """Pack that array as .npz: the pictures as arr_0, as ADM has them, labels as arr_1."""
+    """Pack the array of picture_array as .npz: the pictures as arr_0, as ADM has them, labels as
+    arr_1."""
     barrier()
     if rank() == 0:
         raw = path.with_name(f".{path.name}.raw")
@@ -1855,7 +1878,8 @@ def learning_rate(step: int, recipe) -> float:
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """ema <- decay * ema + (1 - decay) * model of the parameters; buffers are copied.
 
-    At first the decay is smaller, or the average would long be that of the random start."""
+    In the first steps the decay is smaller. Otherwise the average would stay near the random start
+    for long."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for averaged, current in zip(ema.buffers(), model.buffers()):
@@ -1908,7 +1932,7 @@ class Log:
 
     def write(self, step: int, batch_size: int, lr: float) -> None:
         """A line of what was added since the last one, of the learning rate and of the speed.
-        HitaError if a gradient, or anything else, has not been finite."""
+        Raises HitaError if a gradient, or anything else, has not been finite."""
         figures = {}
         for name, values in self.scalars.items():
             # Only here the host waits for the device.
@@ -1945,7 +1969,8 @@ class Log:
 # of a run also step, recipe, and the states of model, optimizer, ...
 
 def write_file(path: Path, write) -> None:
-    """write(file) fills a temporary file, which then moves to path. HitaError if it cannot."""
+    """write(file) fills a temporary file, which then moves to path.
+    Raises HitaError if that cannot be done."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1962,7 +1987,7 @@ def write_file(path: Path, write) -> None:
 
 
 def make_folder(path: str | Path) -> Path:
-    """The folder, made where it is not there yet. HitaError if it cannot be, or not be written."""
+    """The folder, made where it is not there yet. Raises HitaError if it cannot be made."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -2006,7 +2031,7 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
     """The checkpoint in a file or of a released name. In a Llama's file kind "tokenizer" finds the
     tokenizer that it was trained on.
 
-    HitaError if there is none, it would run code, or it holds something else."""
+    Raises HitaError if there is none, it would run code, or it holds something else."""
     path = released_file(path, kind)
     check(Path(path).is_file(), f"there is no file {path}: train a {kind} by train_"
                                 f"{'ar' if kind == 'llama' else kind}.py, or see sample.py --list")
@@ -2028,7 +2053,7 @@ def read_checkpoint(path: str | Path, kind: str) -> dict:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    """Put weights into a model. HitaError if they do not fit."""
+    """Put weights into a model. Raises HitaError if they do not fit."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
@@ -2066,7 +2091,7 @@ def load(path: str | Path, tokenizer: str | Path | None = None) -> tuple[HitaTok
     """A pair, the tokenizer and the Llama trained on it, from one file or one released name.
 
     tokenizer: a file or name with the tokenizer, for a file of the authors, which holds none.
-    HitaError if the two do not fit."""
+    Raises HitaError if the two do not fit."""
     llama = load_llama(path)
     source = path if tokenizer is None else tokenizer
     tokenizer = load_tokenizer(source)
@@ -2079,7 +2104,7 @@ def load(path: str | Path, tokenizer: str | Path | None = None) -> tuple[HitaTok
 
 def add_dino(tokenizer: HitaTokenizer, file: str | Path | None = None) -> HitaTokenizer:
     """The tokenizer with the DINOv2 that it needs, if any: from the file, from the one it was
-    trained with, or from the Hub. HitaError if it cannot be had."""
+    trained with, or from the Hub. Raises HitaError if it cannot be had."""
     cfg = tokenizer.cfg
     if cfg.uses_dino:
         dino = DINOv2(cfg.dino, tokenizer.sources["dino_file"] if file is None else file)
@@ -2094,7 +2119,7 @@ def add_dino(tokenizer: HitaTokenizer, file: str | Path | None = None) -> HitaTo
 
 def find_run(out: str, kind: str, resume: bool) -> dict | None:
     """The checkpoint that --resume continues, None for a new run.
-    HitaError if the run directory is taken, or its checkpoint holds weights alone."""
+    Raises HitaError if the run directory is taken, or its checkpoint holds weights alone."""
     path = Path(out, f"{kind}.pt")
     if not resume:
         check(not path.exists(),
@@ -2109,21 +2134,22 @@ def find_run(out: str, kind: str, resume: bool) -> dict | None:
     return saved
 
 
-def choose(settings, args: argparse.Namespace, fixed: set[str] = frozenset(), why: str = ""):
-    """A copy of the settings with the flags that were given.
-    HitaError if a flag would change a setting that is fixed."""
+def choose(settings, args: argparse.Namespace, fixed: set[str] = frozenset(), owner: str = "",
+           remedy: str = ""):
+    """A copy of the settings with the flags that were given. Raises HitaError, which names the
+    owner of the settings and a remedy, if a flag would change a setting that is fixed."""
     given = {name: value for name, value in vars(args).items() if name in vars(settings)}
     for name in fixed & given.keys():
         value = getattr(settings, name)
         check(given[name] == value,
-              f"{name} is {value} {why} and cannot become {given[name]}: leave the flag out, or "
-              "start another run with another --out")
+              f"{name} is {value} in {owner} and cannot become {given[name]}: leave the flag out, "
+              f"or {remedy}")
     return replace(settings, **given)
 
 
 def find_sources(args: argparse.Namespace, recorded: dict) -> tuple[dict, Path]:
-    """What --data and --dino-file say, else what a checkpoint has recorded -> the same to be
-    recorded, and the folder of the pictures. HitaError if there is no such folder."""
+    """What --data and --dino-file say, else what a checkpoint has recorded. -> both, for the next
+    checkpoint, and the folder of the pictures. Raises HitaError if there is no such folder."""
     sources = {}
     for name in ("data", "dino_file"):
         given = getattr(args, name)
@@ -2175,7 +2201,7 @@ RELEASED = released_names()
 def released_file(path: str | Path, kind: str) -> str | Path:
     """The file of a released name, downloaded at first use, or of prints, which is in data/. Any
     other path stays as it is. kind says which file of a released pair is wanted.
-    HitaError if it cannot be fetched."""
+    Raises HitaError if it cannot be fetched."""
     name = str(path)
     if name == "prints":
         return EMBEDDED.with_name("prints.pt")
@@ -2231,7 +2257,7 @@ def rename(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tenso
 
 def from_released(path: str | Path, data) -> dict:
     """What torch.load gives of a file of the authors -> as if it were a checkpoint of ours.
-    HitaError if it is none, for example a plain state_dict of ours."""
+    Raises HitaError if it is none, for example a plain state_dict of ours."""
     weights = data if isinstance(data, dict) else {}
     for name in ("ema", "model"):
         if isinstance(weights.get(name), dict):
@@ -2243,7 +2269,9 @@ def from_released(path: str | Path, data) -> dict:
         output = ours.pop("output.weight")  # (2V, dim), both heads
         ours["global_head.weight"], ours["patch_head.weight"] = output.chunk(2)
         sizes = {size["dim"]: size for size in LLAMA_SIZES.values()}
-        cfg = LlamaConfig(**sizes[output.shape[1]])
+        width = output.shape[1]
+        check(width in sizes, f"{path} is a Llama of width {width}, which no released one has")
+        cfg = LlamaConfig(**sizes[width])
         return {"kind": "llama", "config": vars(cfg), "ema": ours}
 
     if "quant_conv.weight" in weights:

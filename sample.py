@@ -29,7 +29,7 @@ from torch import Tensor
 
 import hita
 
-IMAGENET = "hita-u-b-250e"  # draws its classes by default: the best of the smallest size
+IMAGENET = "hita-u-b-250e"  # released model for ImageNet's classes: the best of the smallest size
 PRINTS = {"cfg_scale": 4.0, "top_k": 8}  # 44 % of its samples are recognised, without top_k 41 %
 OTHERS = {"cfg_scale": 2.0, "top_k": 0}
 FILTERS = ("temperature", "top_k", "top_p")  # flags that are arguments of hita.filter_logits
@@ -38,7 +38,7 @@ DECODED = 8  # pictures decoded at once: at 336 px the decoder needs about 0.5 G
 
 
 def parse_args():
-    """The command line. HitaError where flags contradict each other."""
+    """The command line. Raises HitaError where flags contradict each other."""
     parser = hita.Parser(__doc__)
     add = parser.add_argument
 
@@ -100,7 +100,7 @@ def main():
     hita.check(args.npz is not None or hita.world() == 1, "several processes are for --npz only")
     uses = {"reconstruct": reconstruct, "style": transfer_style, "complete": complete}
     name = next((name for name in uses if getattr(args, name) is not None), "samples")
-    image = Path(args.image or Path(args.out, f"{name}.png"))
+    image = Path(args.out, f"{name}.png") if args.image is None else Path(args.image)
     # What cannot be written should show before the drawing, which may take long.
     kind = Image.registered_extensions().get(image.suffix.lower())
     hita.check(kind in Image.SAVE, f"--image {image} has no suffix that Pillow writes: use .png")
@@ -136,7 +136,8 @@ def default_llama(args) -> str:
 def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
     """Class names or indices as typed -> indices; twelve, spread over all, where none is asked.
 
-    A number is a name where there is such a name. HitaError for a class that there is not."""
+    A number is a name where there is such a name.
+    Raises HitaError for a class that there is not."""
     if asked is None:
         count = min(12, len(names))
         return [i * len(names) // count for i in range(count)]
@@ -160,7 +161,7 @@ def class_indices(asked: list[str] | None, names: list[str]) -> list[int]:
 
 def load_pair(args, device: torch.device) -> tuple[hita.HitaTokenizer, hita.Llama, list[int]]:
     """-> tokenizer, Llama, and the indices of the classes that were asked for."""
-    path = args.llama or default_llama(args)
+    path = default_llama(args) if args.llama is None else args.llama
     tokenizer, llama = hita.load(path, args.tokenizer)
     classes = class_indices(args.classes, llama.classes)
     print_models(path, args.tokenizer)
@@ -184,9 +185,9 @@ def load_pair(args, device: torch.device) -> tuple[hita.HitaTokenizer, hita.Llam
 
 
 def load_encoder(args, device: torch.device) -> hita.HitaTokenizer:
-    """The tokenizer alone, with the DINOv2 that encoding needs: that of --tokenizer, else what was
-    trained in the run directory, else that of prints."""
-    path = args.tokenizer
+    """The tokenizer alone, with the DINOv2 that encoding needs. It is that of --tokenizer, else
+    that of --llama, else what was trained in the run directory, else that of prints."""
+    path = args.llama if args.tokenizer is None else args.tokenizer
     if path is None:
         own = [Path(args.out, f"{kind}.pt") for kind in ("tokenizer", "llama")]
         trained = [file for file in own if file.exists()]
@@ -284,9 +285,9 @@ def generate_npz(args, device: torch.device) -> None:
 
 
 def write_single(array, class_ids: list[int], classes: list[str], folder: Path) -> None:
-    """Each picture as <number>-<class>.png."""
+    """Write each picture as <number>-<class>.png."""
     hita.make_folder(folder)
-    names = [re.sub(r"[^\w.-]", "_", name)[:60] for name in classes]  # that do not lead elsewhere
+    names = [re.sub(r"[^\w.-]", "_", name)[:60] for name in classes]  # must not lead elsewhere
     for i, (pixels, c) in enumerate(zip(array, class_ids)):
         Image.fromarray(pixels).save(folder / f"{i:05d}-{names[c]}.png")
 
@@ -327,8 +328,8 @@ def transfer_style(args, device: torch.device) -> tuple[Tensor, int]:
 def complete(args, device: torch.device) -> tuple[Tensor, int]:
     """--complete: in a row a picture, what is given of it, and --num completions.
 
-    The global tokens are those of the given part. A patch token j first shows in cell j + k (see
-    Fusion), so of the given R cells the first R - k tokens are kept. The k tokens after them belong
+    The global tokens are those of the given part. Patch token j first shows in cell j + k (see
+    Fusion). So of the R given cells the first R - k tokens are kept. The k tokens after them belong
     to cells below the line, and are drawn."""
     tokenizer, llama, classes = load_pair(args, device)
     hita.check(len(classes) in (1, len(args.complete)), f"{len(classes)} classes for "

@@ -253,7 +253,8 @@ def test_a_setting_that_is_fixed_may_be_repeated_but_not_changed():
     assert hita.choose(TINY, args, fixed) == dataclasses.replace(TINY, beta=0.5)
 
     args.k = 3
-    refused("k is 2 in this run and cannot become 3", hita.choose, TINY, args, fixed, "in this run")
+    refused("k is 2 in this run and cannot become 3: .* or run", hita.choose, TINY, args, fixed,
+            "this run", "run another")
 
 
 # ---- conv nets ----------------------------------------------------------------
@@ -1693,7 +1694,13 @@ def test_pictures_that_are_broken_are_named_and_the_next_stand_in_but_for_20_in_
     for i in stands_in:
         assert f"skipped: the picture {data.samples[i][0]} " in said
     Path(data.samples[34][0]).unlink()
-    refused(f"no picture from {data.samples[15][0]} on.*twenty", lambda: data[0, 15])
+    refused(f"no picture from {data.samples[15][0]} on.*20 in a row", lambda: data[0, 15])
+
+
+def test_pictures_in_a_plain_loop_end(tmp_path):
+    data = hita.Pictures(picture_folder(tmp_path), "train", 16)
+    assert len(list(data)) == len(data) == 12
+    pytest.raises(IndexError, lambda: data[12])
 
 
 def test_pictures_of_validation_have_the_classes_of_train_and_may_be_absent(tmp_path):
@@ -1976,7 +1983,8 @@ def test_scripts_in_two_processes_equal_those_in_one_and_sample(script, tmp_path
 BAD_REQUESTS = {  # script: {flags: what the line says}
     train_tokenizer: {
         "--preset hita-w": "hita-w", "--preset": "--preset", "--heads 3": "heads", "--k x": "x",
-        "--k 99": "k is 99", "--patch-codebok-size 5": "--patch-codebok-size",
+        "--k 99": "k is 99", "--num-global 0 --k 2": "k is 2",
+        "--patch-codebok-size 5": "--patch-codebok-size",
         "--data ''": "train", "--data nowhere": "nowhere", "--npz x": "--eval",
         "--eval": "train_tokenizer.py", "--export x.pt": "train_tokenizer.py",
         "--device meta": "meta", "--device warp9": "warp9", "--lpips-weight 1": "vgg16",
@@ -2307,7 +2315,7 @@ def test_a_trained_pair_is_one_file_that_does_everything(script, tmp_path, capsy
     assert equal(copied[1].state_dict(), llama.state_dict())
     script(sample, "--out", "alone", "--num", 1)
     picture = "data/val/class0/0.png"
-    script(sample, "--out", "alone", "--reconstruct", picture)
+    script(sample, "--llama", "alone/llama.pt", "--reconstruct", picture)
     script(sample, "--out", "alone", "--complete", picture, "--class", 1, "--num", 1)
     script(train_tokenizer, "--eval", "alone/llama.pt")
     script(train_ar, "--out", "alone", "--resume", "--steps", 5)

@@ -42,10 +42,10 @@ class Training:
     warmup: int = 0  # steps of linear warm-up
     weight_decay: float = 0.05  # weight decay of matrices and embeddings
     clip: float = 1.0  # gradient norm is clipped to this
-    global_weight: float = 1.0  # weight of the global tokens' loss; that of the patch tokens has 1
+    global_weight: float = 1.0  # weight of the loss of global tokens; that of patch tokens has 1
     ema: float = 0.9999  # decay of the averaged weights, at first (1 + step) / (10 + step)
     copies: int = 2  # versions of each picture: 1 plain, 2 and mirrored, more are augmented
-    crop_range: float = 0.8  # augmented ones show between this share of a picture and all of it
+    crop_range: float = 0.8  # augmented copies show between this share of a picture and all of it
     sample_cfg: float = 1.5  # guidance scale of the sample grids
     seed: int = 0  # seed of weights, data order and dropout
     log_every: int = 100  # steps between log lines
@@ -136,7 +136,7 @@ class Run:
     start: int  # steps done
 
 
-# These settings of the Llama follow from the tokenizer and, as num_classes, from the pictures.
+# These settings of the Llama are those of its tokenizer. num_classes follows from the pictures.
 OF_THE_TOKENIZER = ("num_global", "grid", "global_codebook_size", "patch_codebook_size")
 
 
@@ -162,15 +162,16 @@ def choose_settings(args, saved: dict | None, source: dict | None) -> tuple:
         cfg, recipe = hita.LlamaConfig(**saved["config"]), Training(**saved["recipe"])
         # These decide the order of the data and the versions of the pictures.
         fixed = {"seed", "batch_size", "copies", "crop_range"}
-        return (hita.choose(cfg, args, set(vars(cfg)), "in this run"),
-                hita.choose(recipe, args, fixed, "in this run"))
+        why = "this run", "start another run with another --out"
+        return (hita.choose(cfg, args, set(vars(cfg)), *why),
+                hita.choose(recipe, args, fixed, *why))
 
     if source:
         cfg = hita.LlamaConfig(**source["config"])
         same = [name for name, size in hita.LLAMA_SIZES.items() if replace(cfg, **size) == cfg]
         recipe = RECIPES[args.preset or (same[0] if same else "emoji")]
         fixed = set(vars(cfg)) - {"dropout", "token_dropout", "class_dropout"}
-        cfg = hita.choose(cfg, args, fixed, f"in {args.init_from}")
+        cfg = hita.choose(cfg, args, fixed, args.init_from, "start without --init-from")
         return cfg, hita.choose(recipe, args)
 
     preset = args.preset or "emoji"
@@ -205,6 +206,8 @@ def set_up(args) -> Run:
     if recipe.warmup >= recipe.steps:
         hita.print_once(f"note: the learning rate rises for {recipe.warmup} steps (--warmup), and "
                         f"there are {recipe.steps}")
+    if cfg.class_dropout == 0:
+        hita.print_once("note: class_dropout is 0, so the sample grids are drawn without guidance")
     shares = hita.world() * recipe.accumulate
     hita.check(recipe.batch_size % shares == 0, f"batch_size must be a multiple of {shares}")
     out = hita.make_folder(args.out)
@@ -293,7 +296,8 @@ def token_cache(path: Path, tokenizer: hita.HitaTokenizer, data: hita.Pictures, 
 
     On the disk the first column is class + 1, and 0 where a row is still to be encoded, so that an
     encoding that was interrupted goes on. A note beside the file says what it was made from; where
-    the note differs, it is made anew. HitaError if it cannot be written, or rows are missing."""
+    the note differs, it is made anew.
+    Raises HitaError if it cannot be written, or if rows are missing."""
     note, cfg = path.with_suffix(".txt"), tokenizer.cfg
     device = next(tokenizer.parameters()).device
     if hita.rank() == 0:

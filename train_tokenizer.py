@@ -87,7 +87,8 @@ def main():
                 group["lr"] = lr
             adversarial = recipe.gan_weight > 0 and step >= recipe.gan_start
 
-            # The generator. The discriminator judges, but takes no gradient, so DDP has no part.
+            # The generator. The discriminator judges its pictures, but its own weights get no
+            # gradient here, so it is called without DDP.
             discriminator.requires_grad_(False)
             with hita.autocast(device):
                 result = model(images)
@@ -203,21 +204,22 @@ def choose_settings(args, saved: dict | None, source: dict | None) -> tuple:
         recipe = Training(**saved["recipe"])
         # These decide the order of the data, the crops and the shape of the discriminator.
         fixed = {"seed", "batch_size", "crop_range", "gan_width"}
-        return (hita.choose(cfg, args, set(vars(cfg)), "in this run"),
-                hita.choose(recipe, args, fixed, "in this run"))
+        why = "this run", "start another run with another --out"
+        return (hita.choose(cfg, args, set(vars(cfg)), *why),
+                hita.choose(recipe, args, fixed, *why))
 
     if source:
         cfg = hita.TokenizerConfig(**source["config"])
         same = [name for name, preset in hita.TOKENIZERS.items() if preset == cfg]
         recipe = RECIPES[args.preset or (same[0] if same else "emoji")]
         fixed = set(vars(cfg)) - {"image_size", "k", "dropout", "beta"}
-        cfg = hita.choose(cfg, args, fixed, f"in {args.init_from}")
+        cfg = hita.choose(cfg, args, fixed, args.init_from, "start without --init-from")
         return cfg, hita.choose(recipe, args)
 
     preset = args.preset or "emoji"
     # Without global tokens there is nothing that could replace patches.
     if getattr(args, "num_global", None) == 0:
-        args.k = 0
+        args.k = getattr(args, "k", 0)
     return hita.choose(hita.TOKENIZERS[preset], args), hita.choose(RECIPES[preset], args)
 
 
@@ -278,7 +280,8 @@ def set_up(args) -> Run:
 
 
 def warn_of_short(recipe: Training) -> None:
-    """A line about parts of the recipe that never come, as a large preset on few steps has them."""
+    """Print a line for each part of the recipe that never comes, as with a large preset and few
+    steps."""
     if recipe.warmup >= recipe.steps:
         hita.print_once(f"note: the learning rate rises for {recipe.warmup} steps (--warmup), and "
                         f"there are {recipe.steps}")
@@ -317,7 +320,7 @@ def recompute(tokenizer: hita.HitaTokenizer) -> None:
 
 
 def compile_parts(tokenizer: hita.HitaTokenizer, *others: nn.Module | None) -> None:
-    """Compile all but centring and quantizers, which stay in float32."""
+    """Compile the large parts. Centring and quantizers stay as they are, in float32."""
     parts = [tokenizer.encoder, tokenizer.decoder, tokenizer.dino, *others]
     if tokenizer.cfg.num_global > 0:
         parts += [tokenizer.extractor, tokenizer.fusion]
@@ -330,9 +333,9 @@ def compile_parts(tokenizer: hita.HitaTokenizer, *others: nn.Module | None) -> N
 
 
 def norm_by_channel(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """norm(x) of x (B, c, H, W), from the moments of each channel. Compiled for a GPU, torch's own
-    copies x to another layout than that of the convolutions, and back, which took a fifth of the
-    time of a training step."""
+    """norm(x) of x (B, c, H, W), from the moments of each channel. torch's own norm, compiled for a
+    GPU, copies x to another layout than that of the convolutions, and back, which took a fifth of
+    the time of a training step."""
     each = x.shape[1] // norm.num_groups  # channels of a group
     x = x.float()
 
@@ -364,14 +367,14 @@ def batches(run: Run, steps: range) -> DataLoader:
 def evaluate(tokenizer: hita.HitaTokenizer, data: hita.Pictures, picture: Path, workers: int,
              perceptual: nn.Module | None = None, arrays: list[np.ndarray] = (),
              others: Tensor | None = None) -> dict[str, float]:
-    """PSNR in dB and, with a net for it, LPIPS; called train_... where there are no validation
-    pictures.
+    """PSNR in dB and, where `perceptual` is given, LPIPS. Their names begin with train_ where there
+    are no validation pictures.
 
-    others: global ids (n, M) of other pictures; with them also swap, the PSNR with these globals.
-    It equals the PSNR where globals hold nothing, and where the decoder does not listen to them.
-    Pictures of 336 px are judged at 256, as in the released protocol. Originals beside
-    reconstructions go to the file `picture`, and all of both into two arrays, where these are
-    given."""
+    others: global ids (n, M) of other pictures. Then there is also swap, the PSNR with these
+    globals, which equals the PSNR where globals hold nothing or the decoder ignores them.
+    Pictures of 336 px are judged at 256, as in the released protocol. The file `picture` gets
+    originals beside reconstructions. `arrays`, if given, are two and get all originals and all
+    reconstructions."""
     device = next(tokenizer.parameters()).device
     own = list(range(hita.rank(), len(data), hita.world()))  # this process's share
     names = ["psnr"] + ["lpips"] * (perceptual is not None) + ["swap"] * (others is not None)
@@ -456,7 +459,8 @@ def evaluate_checkpoint(args) -> None:
     train_ids = encode_all(tokenizer, train, -(-len(train) // 20_000), workers)
     for name, counts in id_counts(*train_ids[1:], cfg).items():
         figures |= hita.usage(name, counts)
-    if val.split != "train":  # or probes would be judged on what they were fitted to
+    # Where there is no val, probes would be judged on the pictures they were fitted to.
+    if val.split != "train":
         figures |= probes(tokenizer, train_ids, val_ids)
 
     line = {"tokenizer": str(path), "M": cfg.num_global, "k": cfg.k, "dino": cfg.dino,
@@ -468,7 +472,8 @@ def evaluate_checkpoint(args) -> None:
 
 def encode_all(tokenizer: hita.HitaTokenizer, data: hita.Pictures, every: int,
                workers: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One of `every` pictures, plain -> classes (n,), global ids (n, M), patch ids (n, N)."""
+    """Encode every `every`-th picture, plain.
+    -> classes (n,), global ids (n, M), patch ids (n, N)"""
     device = next(tokenizer.parameters()).device
     loader = DataLoader(data, 16, sampler=range(0, len(data), every), num_workers=workers)
     rows = []
@@ -478,9 +483,9 @@ def encode_all(tokenizer: hita.HitaTokenizer, data: hita.Pictures, every: int,
 
 
 def probes(tokenizer: hita.HitaTokenizer, train_ids: tuple, val_ids: tuple) -> dict[str, float]:
-    """Both as encode_all gives them -> the share of validation pictures whose class a linear
-    classifier, fitted to the training pictures, finds in the quantized tokens. probe_chance is the
-    share of the most frequent class."""
+    """train_ids and val_ids are what encode_all gives. -> the share of validation pictures whose
+    class a linear classifier, fitted to the training pictures, finds in the quantized tokens.
+    probe_chance is the share of the most frequent class."""
     classes, val_classes = train_ids[0], val_ids[0]
     chance = (val_classes == classes.mode().values).float().mean()
     figures = {"probe_chance": chance.item()}

@@ -91,7 +91,7 @@ def distance_within(images: Tensor, class_ids: Tensor) -> Tensor:
 
 
 def training_pictures_like(class_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """As many training pictures of each class as there are ids of it, evenly spread, and ids."""
+    """Training pictures, as many of each class as class_ids has, evenly spread, and their ids."""
     known, known_ids, _ = real("train")
     chosen = []
     for c, count in enumerate(class_ids.bincount(minlength=50).tolist()):
@@ -112,20 +112,21 @@ def score(images: Tensor, class_ids: Tensor, recon: Tensor | None = None) -> dic
     copies: share nearer to a training picture or its mirror image than 95 % of recon are, or of the
     validation pictures.
     spread: mean distance of two images of a class, 1 as in training.
-    HitaError for other shapes."""
+    Raises HitaError for other shapes."""
     hita.check(images.shape[1:] == (3, 64, 64), f"images are {images.shape}, not (B, 3, 64, 64)")
     hita.check_ids("class_ids", class_ids, (len(images),), 50)
     images = images.clamp(-1, 1)
     like, like_ids = training_pictures_like(class_ids)
 
-    log_p = load()[-1](features(images)).log_softmax(dim=1)  # (B, 50)
+    of_images = features(images)  # (B, 112)
+    log_p = load()[-1](of_images).log_softmax(dim=1)  # (B, 50)
     hits = log_p.topk(5).indices == class_ids[:, None]  # (B, 5)
     gain = (log_p.exp() * (log_p - log_p.exp().mean(dim=0).log())).sum(dim=1)  # (B,)
     limit = nearness(real("val")[0] if recon is None else recon).quantile(0.95)
     figures = {
         "top1": hits[:, 0].float().mean(),
         "top5": hits.any(dim=1).float().mean(),
-        "fd": frechet_distance(features(images), features(like)),
+        "fd": frechet_distance(of_images, features(like)),
         "inception_score": gain.mean().exp(),
         "fd_colours": frechet_distance(colours(images), colours(like)),
         "copies": (nearness(images) > limit).float().mean(),
@@ -134,14 +135,15 @@ def score(images: Tensor, class_ids: Tensor, recon: Tensor | None = None) -> dic
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Of (n, D) and (m, D), as in FID: |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2)"""
+    """The Fréchet distance of features (n, D) and (m, D), as in FID:
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2)"""
     C_a, C_b = a.double().T.cov(), b.double().T.cov()
     root = torch.linalg.eigvals(C_a @ C_b).real.clamp(min=0).sqrt().sum()  # its trace
     return (a.mean(0) - b.mean(0)).square().sum() + C_a.trace() + C_b.trace() - 2 * root
 
 
 def train(seed: int, steps: int = 2000) -> None:
-    """Writes judge.pt, in half precision; the same seed gives the same judge."""
+    """Train the judge and write judge.pt in half precision. The same seed gives the same judge."""
     torch.manual_seed(seed)
     (images, class_ids, _), judge = real("train"), network()
     bend = T.Compose([T.RandomHorizontalFlip(), T.RandomAffine(6, (0.1, 0.1), (0.85, 1.2)),
@@ -149,10 +151,10 @@ def train(seed: int, steps: int = 2000) -> None:
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     for _ in tqdm(range(steps), "training the judge"):
-        some = torch.randint(len(images), (128,))
-        logits = judge(grey(torch.cat([bend(few) for few in images[some].split(8)])))
+        chosen = torch.randint(len(images), (128,))
+        logits = judge(grey(torch.cat([bend(part) for part in images[chosen].split(8)])))
         optimizer.zero_grad()
-        F.cross_entropy(logits, class_ids[some], label_smoothing=0.1).backward()
+        F.cross_entropy(logits, class_ids[chosen], label_smoothing=0.1).backward()
         optimizer.step()
         schedule.step()
     hita.write_file(HERE / "judge.pt", partial(torch.save, judge.half().state_dict()))
@@ -174,7 +176,9 @@ def main() -> None:
         return train(args.seed)
 
     own = Path(args.out, "llama.pt")
-    path = args.llama or ("prints" if args.out == "out" and not own.exists() else own)
+    path = args.llama
+    if path is None:
+        path = "prints" if args.out == "out" and not own.exists() else own
     tokenizer, llama = hita.load(path, args.tokenizer)
     hita.add_dino(tokenizer)
     images, class_ids, classes = real("val")
@@ -196,7 +200,8 @@ def main() -> None:
 
 
 def print_table(columns: list[dict], numbers: list[int]) -> None:
-    """Figures of validation pictures, reconstructions and samples; shares with standard errors."""
+    """Print the figures of validation pictures, reconstructions and samples. Shares have standard
+    errors."""
     by_chance = {"top1": 0.02, "top5": 0.1, "copies": 0.05}
     print(f"{'':15}{'validation':>16}{'reconstructed':>19}{'samples':>19}{'by chance':>15}")
     for name in columns[0]:
