@@ -1612,11 +1612,11 @@ def run_script(main) -> None:
         end_loaders()
 
     sys.stdout.flush()
-    if status and world() > 1:
-        # Leaving in the usual way would wait for the other processes, perhaps for ever.
+    sys.stderr.flush()
+    if world() > 1:
+        # Leaving in the usual way would wait for the other processes, perhaps for ever. Where they
+        # are well, all of them have done their last common step here.
         os._exit(status)
-    if dist.is_initialized():
-        dist.destroy_process_group()
     if status:
         sys.exit(status)
 
