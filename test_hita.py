@@ -1550,18 +1550,21 @@ def test_prints_draws_the_readmes_pictures():
 
 def test_judge_tells_what_is_real_right_near_copied_and_varied():
     (images, class_ids, _), (train, *_) = judge.real("val"), judge.real("train")
+    real = judge.score(images, class_ids)
+    assert (real["top1"], real["top5"]) == approx((0.37, 0.65), abs=0.01)  # as in the README
+    assert real["copies"] < 0.06 and real["spread"] > 0.9
+
+    # A quarter of them is enough for the rest.
+    images, class_ids = images[::4], class_ids[::4]
     tokenizer = hita.load_tokenizer("prints")
     recon = sample.decode(tokenizer, *tokenizer.encode(images))
-
     real, near = judge.score(images, class_ids), judge.score(recon, class_ids)
     noise = judge.score(2 * torch.rand_like(images) - 1, class_ids)
     wrong = judge.score(images, class_ids[torch.randperm(len(images))])
     same = judge.score(train[:1].expand(50, -1, -1, -1), torch.zeros(50, dtype=torch.int64))
 
-    assert (real["top1"], real["top5"]) == approx((0.37, 0.65), abs=0.01)  # as in the README
     assert real["fd"] < near["fd"] < noise["fd"]
-    assert real["copies"] < 0.06 and real["spread"] > 0.9
-    assert wrong["top1"] < 0.06 and 0.03 < wrong["top5"] < 0.18
+    assert wrong["top1"] < 0.1 and 0.01 < wrong["top5"] < 0.25
     assert same["copies"] == 1 and same["spread"] == approx(0, abs=1e-3)
     refused("images are", judge.score, images[:, :1], class_ids)
     refused("class_ids", judge.score, images, class_ids[:-1])
