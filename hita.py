@@ -981,6 +981,7 @@ class Positions(NamedTuple):
     shift: Tensor  # (T, dim), the learned positions of inputs 0 ... M-1, zeros after them
     cos: Tensor  # (T, d/2), see position_rotations
     sin: Tensor  # (T, d/2)
+    visible: Tensor | None  # (T, M + N), what each input sees of a cache; None is causal
 
 
 class LlamaBlock(nn.Module):
@@ -1013,17 +1014,12 @@ class LlamaBlock(nn.Module):
         d = q.shape[-1]
         q, k, v = pad_channels(q), pad_channels(k), pad_channels(v)
 
-        visible = None  # causal
         if cache is not None:
             keys, values = cache
             keys[:, :, at.index] = k.type_as(keys)
             values[:, :, at.index] = v.type_as(values)
             k, v = keys, values
-            # The cache has room for the whole picture. An input at position p may look at entries
-            # 0 to p; those after it are not written yet.
-            entries = torch.arange(keys.shape[2], device=x.device)  # (M + N,)
-            visible = entries <= at.index[:, None]  # (T, M + N)
-        y = attend(q, k, v, visible, scale=d ** -0.5)[..., :d]  # (B, heads, T, d)
+        y = attend(q, k, v, at.visible, scale=d ** -0.5)[..., :d]  # (B, heads, T, d)
         x = x + self.dropout(self.out(y.transpose(1, 2).flatten(2)))  # (B, T, dim)
 
         # The feed-forward net, a SwiGLU.
@@ -1087,7 +1083,13 @@ class Llama(nn.Module):
             shift = self.global_positions(index.clamp(max=M - 1))  # (T, dim)
             shift = shift.masked_fill((index >= M)[:, None], 0.0)
         cos, sin = self.rotation_bits.view(torch.float32)[:, index]  # (T, d/2) each
-        at = Positions(index, shift, cos, sin)
+        visible = None
+        if caches is not None:
+            # The caches have room for the whole picture. An input at position p may look at entries
+            # 0 to p; those after it are not written yet.
+            entries = torch.arange(self.cfg.num_tokens, device=x.device)  # (M + N,)
+            visible = entries <= index[:, None]  # (T, M + N)
+        at = Positions(index, shift, cos, sin, visible)
 
         for i, block in enumerate(self.blocks):
             x = block(x, at, None if caches is None else caches[i])
