@@ -1,4 +1,4 @@
-"""Tests of hita.py and the scripts: `pytest`, no network, three minutes on two CPU cores.
+"""Tests of hita.py and the scripts: `pytest`, no network, six minutes on one CPU core.
 
 -k shapes is the place to start: a table of what goes into each part and what comes out. Then
 -k encoder, extractor, quantizer, fusion, tokenizer, dino, losses, llama pick what one expects,
