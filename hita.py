@@ -1222,7 +1222,7 @@ class Llama(nn.Module):
                     values.zero_()
                 return kept
 
-        d = pad_channels(torch.empty(cfg.dim // cfg.heads)).shape[0]
+        d = pad_channels(torch.empty(cfg.dim // cfg.heads)).shape[0]  # as in LlamaBlock
         # Tensors made in inference_mode could not be used outside of it. They are made one by one:
         # compiled, parts of a common tensor would be copied at each step.
         with torch.inference_mode(False):
