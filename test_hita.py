@@ -772,6 +772,10 @@ def test_tokenizer_says_what_it_cannot_take():
         tokenizer.encode(torch.rand(1, 3, 16, 16))
     assert warned[0].filename == __file__
 
+def test_tokenizer_does_not_warn_of_a_bright_photograph(recwarn):
+    tiny().encode(torch.rand(1, 3, 16, 16) / 2 + 0.5)
+    assert not recwarn.list
+
 
 @pytest.mark.parametrize("name", [
     "encoder.conv_in.weight", "extractor.queries", "global_down.bias", "patch_quantizer.codebook",
@@ -1633,6 +1637,29 @@ def test_pictures_of_any_kind_are_read(name, convert, tmp_path):
         loaded = hita.load_picture(source, 16)
         assert loaded.shape == (1, 3, 16, 16)
         assert torch.allclose(loaded[0], expected, atol=0.03)
+
+
+def test_large_jpegs_are_read_smaller_and_give_the_same(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    photo = Image.fromarray(pixels).resize((1600, 1200), Image.Resampling.BICUBIC)
+    for name, side, size in (("x.jpg", 64, (200, 150)), ("x.jpg", 300, (800, 600)),
+                             ("x.jpg", 336, (1600, 1200)), ("x.png", 64, (1600, 1200))):
+        file = tmp_path / "train/class" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        photo.save(file)
+        assert hita.read_picture(file, side).size == size
+        assert hita.read_picture(file).size == (1600, 1200)
+    whole = hita.crop_square(hita.read_picture(tmp_path / "train/class/x.jpg"), 64)
+    smaller = hita.load_picture(tmp_path / "train/class/x.jpg", 64)[0]
+    assert 0 < (smaller - whole).abs().mean() < 2 / 127.5
+
+    # A crop of a tenth needs ten times as many pixels.
+    read = Mock(wraps=hita.read_picture)
+    monkeypatch.setattr(hita, "read_picture", read)
+    data = hita.Pictures(tmp_path, "train", 64, augment=True, crop_range=0.1)
+    assert (data[0][0] - whole).abs().mean() < 2 / 127.5
+    data[0, 0]
+    assert [call.args[1] for call in read.call_args_list] == [64, 640]
 
 
 def test_pictures_that_cannot_be_read_are_named_and_damaged_exif_does_no_harm(
