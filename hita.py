@@ -1671,8 +1671,8 @@ def read_picture(picture, side: int | None = None) -> Image.Image:
     """A file (its name, or an open one) or a PIL picture -> as on_white gives it.
 
     side: how many pixels the shorter side will be scaled to, where this is known. A large JPEG is
-    then read at a half, a quarter or an eighth of its size, but at no less than twice `side`. For
-    one of 12 megapixels that takes a tenth of the time.
+    then read at a half, a quarter or an eighth of its size, but at no less than twice `side`. One
+    of 12 megapixels is read and scaled in a fifth of the time.
     Raises HitaError if it cannot be read."""
     if isinstance(picture, Image.Image):
         return on_white(picture)
